@@ -1,0 +1,53 @@
+"""Folding batch normalisation into the convolution before it, so that weights are those that run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from nas.errors import CompressionError
+
+
+def fold_batchnorm(model: nn.Module, names: Collection[str] | None = None) -> nn.Module:
+    """Fold every BatchNorm2d that directly follows a Conv2d (of ``names``, where given); in place.
+
+    Returns the model, whose folded normalisations have become identities; training mode is kept.
+    """
+    followers = consumers(model)
+    modules = dict(model.named_modules())
+    for name, users in followers.items():
+        if (names is not None and name not in names) or len(users) != 1:
+            continue
+        conv, norm = modules[name], modules.get(users[0])
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            training = model.training
+            conv.eval(), norm.eval()
+            replace_module(model, name, fuse_conv_bn_eval(conv, norm))
+            replace_module(model, users[0], nn.Identity())
+            model.train(training)
+    return model
+
+
+def consumers(model: nn.Module) -> dict[str, list[str]]:
+    """Leaf module name → names of the modules (or function names) that read its output."""
+    try:
+        graph = fx.symbolic_trace(model).graph
+    except Exception as error:
+        raise CompressionError(
+            f"The model cannot be traced: {error}.", expected="a forward without data-dependent control flow"
+        ) from error
+    found: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            found[str(node.target)] = [
+                str(user.target) if user.op == "call_module" else f"<{user.name}>" for user in node.users
+            ]
+    return found
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` where the module called ``name`` stands."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)

@@ -1,0 +1,365 @@
+"""Parts: pure descriptions of what the runtime executes, each with its key, its costs and an ONNX to profile.
+
+A part is a short chain of operators that the runtime runs as one fused segment (a convolution with its
+activation, a whole inverted bottleneck) or one precision boundary. No weights and no torch are involved: the
+numbers in the profiled ONNX are random, because time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from nas.errors import SpaceError
+
+Shape = tuple[int, ...]
+OPSET = 18
+PRECISIONS = ("fp32", "int8", "boundary")
+
+
+@runtime_checkable
+class Op(Protocol):
+    """One operator of a part. ``shape`` is the input's, without the batch dimension."""
+
+    @property
+    def text(self) -> str:
+        """Readable form in a latency-table key."""
+
+    def out_shape(self, shape: Shape) -> Shape:
+        """Shape of the output."""
+
+    def macs(self, shape: Shape) -> int:
+        """Multiply-accumulate operations for one sample."""
+
+    def params(self, shape: Shape) -> int:
+        """Deployed parameters: batch normalisation is folded into weights and bias."""
+
+    def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
+        """Write the operator's nodes for input tensor ``x`` and return the output tensor's name."""
+
+
+@dataclass(frozen=True)
+class Conv:
+    """2-d convolution, ``same`` padding for odd kernels, bias and optional activation fused.
+
+    Args:
+        out_channels: output channels; ``groups=0`` means depthwise (as many groups as input channels).
+        activation: ``"relu6"``, ``"relu"`` or ``""``.
+    """
+
+    out_channels: int
+    kernel: int
+    stride: int = 1
+    groups: int = 1
+    activation: str = ""
+
+    @property
+    def text(self) -> str:
+        kind = "dw" if self.groups == 0 else "conv"
+        grouped = f"g{self.groups}" if self.groups > 1 else ""
+        stride = f"s{self.stride}" if self.stride > 1 else ""
+        tail = f".{self.activation}" if self.activation else ""
+        return f"{kind}{self.out_channels}k{self.kernel}{stride}{grouped}{tail}"
+
+    def _groups(self, shape: Shape) -> int:
+        groups = self.groups or shape[0]
+        if shape[0] % groups or self.out_channels % groups:
+            raise SpaceError(
+                f"Convolution {self.text} on {shape[0]} channels does not divide into {groups} groups.",
+                expected="channel counts that the groups divide",
+            )
+        return groups
+
+    def out_shape(self, shape: Shape) -> Shape:
+        pad = self.kernel // 2
+        height, width = ((side + 2 * pad - self.kernel) // self.stride + 1 for side in shape[1:])
+        return (self.out_channels, height, width)
+
+    def macs(self, shape: Shape) -> int:
+        _, height, width = self.out_shape(shape)
+        per_output = shape[0] // self._groups(shape) * self.kernel**2
+        return self.out_channels * height * width * per_output
+
+    def params(self, shape: Shape) -> int:
+        return self.out_channels * (shape[0] // self._groups(shape) * self.kernel**2 + 1)
+
+    def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
+        groups = self._groups(shape)
+        weight_shape = (self.out_channels, shape[0] // groups, self.kernel, self.kernel)
+        weight, bias = graph.weights(weight_shape)
+        pad = self.kernel // 2
+        y = graph.node(
+            "Conv", [x, weight, bias],
+            kernel_shape=[self.kernel] * 2, strides=[self.stride] * 2, pads=[pad] * 4, group=groups,
+        )  # fmt: skip
+        return graph.activation(y, self.activation)
+
+
+@dataclass(frozen=True)
+class AddInput:
+    """Residual connection: adds the part's own input."""
+
+    text: str = "+in"
+
+    def out_shape(self, shape: Shape) -> Shape:
+        return shape
+
+    def macs(self, shape: Shape) -> int:
+        return 0
+
+    def params(self, shape: Shape) -> int:
+        return 0
+
+    def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
+        return graph.activation(graph.node("Add", [x, graph.input]), "")
+
+
+@dataclass(frozen=True)
+class GlobalAveragePool:
+    """Mean over height and width, kept as a ``1×1`` map."""
+
+    text: str = "gap"
+
+    def out_shape(self, shape: Shape) -> Shape:
+        return (shape[0], 1, 1)
+
+    def macs(self, shape: Shape) -> int:
+        return 0
+
+    def params(self, shape: Shape) -> int:
+        return 0
+
+    def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
+        return graph.activation(graph.node("GlobalAveragePool", [x]), "")
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Per-channel ``(x - mean) * (1 / std)``: the preprocessing that travels inside a student."""
+
+    text: str = "normalize"
+
+    def out_shape(self, shape: Shape) -> Shape:
+        return shape
+
+    def macs(self, shape: Shape) -> int:
+        return 0
+
+    def params(self, shape: Shape) -> int:
+        return 0
+
+    def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
+        mean = graph.constant(np.full((1, shape[0], 1, 1), 0.5, np.float32))
+        scale = graph.constant(np.full((1, shape[0], 1, 1), 2.0, np.float32))
+        return graph.node("Mul", [graph.node("Sub", [x, mean]), scale])
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Bilinear resize to ``side × side`` (half-pixel centres), as ``F.interpolate`` exports it."""
+
+    side: int
+
+    @property
+    def text(self) -> str:
+        return f"resize{self.side}"
+
+    def out_shape(self, shape: Shape) -> Shape:
+        return (shape[0], self.side, self.side)
+
+    def macs(self, shape: Shape) -> int:
+        return 0
+
+    def params(self, shape: Shape) -> int:
+        return 0
+
+    def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
+        return graph.node(
+            "Resize",
+            [x, "", graph.constant(resize_scales(shape, (self.side, self.side)))],
+            mode="linear",
+            coordinate_transformation_mode="pytorch_half_pixel",
+        )
+
+
+def resize_scales(shape: Shape, sides: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """``scales`` input of an ONNX Resize from ``shape`` (C, H, W) to ``sides``, for any batch size.
+
+    The runtime floors ``side * scale``; one step up from the quotient keeps rounding from losing a pixel.
+    """
+    exact = [np.float32(to / size) for to, size in zip(sides, shape[1:], strict=True)]
+    return np.array([1, 1, *(np.nextafter(s, np.float32(np.inf)) for s in exact)], np.float32)
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Crossing between precisions: ``quantize`` (float → uint8) or ``dequantize`` (uint8 → float)."""
+
+    text: str
+
+    def out_shape(self, shape: Shape) -> Shape:
+        return shape
+
+    def macs(self, shape: Shape) -> int:
+        return 0
+
+    def params(self, shape: Shape) -> int:
+        return 0
+
+    def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
+        kind = "QuantizeLinear" if self.text == "quantize" else "DequantizeLinear"
+        return graph.node(kind, [x, *graph.activation_scale(6.0)])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A fused segment or precision boundary.
+
+    Args:
+        ops: the operators in order.
+        shape: input shape without batch, ``(channels, height, width)`` for images.
+        precision: ``fp32``, ``int8`` (uint8 in, uint8 out, static QDQ, weights per channel) or ``boundary``.
+        count: how many identical copies the runtime executes one after the other.
+    """
+
+    ops: tuple[Op, ...]
+    shape: Shape
+    precision: str = "fp32"
+    count: int = 1
+
+    @cached_property
+    def key(self) -> str:
+        """Latency-table key; equal keys are equal work, whatever the count."""
+        return f"{self.precision} {'x'.join(map(str, self.shape))} {' '.join(op.text for op in self.ops)}"
+
+    def _shapes(self) -> list[Shape]:
+        shapes = [self.shape]
+        for op in self.ops:
+            shapes.append(op.out_shape(shapes[-1]))
+        return shapes
+
+    @cached_property
+    def out_shape(self) -> Shape:
+        """Output shape without batch."""
+        return self._shapes()[-1]
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates of all copies, one sample."""
+        return self.count * sum(op.macs(s) for op, s in zip(self.ops, self._shapes(), strict=False))
+
+    @cached_property
+    def params(self) -> int:
+        """Deployed parameters of all copies."""
+        return self.count * sum(op.params(s) for op, s in zip(self.ops, self._shapes(), strict=False))
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of the stored parameters of all copies: 4 a parameter in fp32, 1 in int8."""
+        return self.params * (1 if self.precision == "int8" else 4)
+
+    def to_onnx(self, batch: int = 1) -> onnx.ModelProto:
+        """A runnable model of one copy with random weights, input and output in the part's own precision."""
+        return GraphWriter(self, batch).model()
+
+
+class GraphWriter:
+    """Writes the ONNX graph of one part, with Q/DQ nodes where the part is int8."""
+
+    def __init__(self, part: Part, batch: int) -> None:
+        self.part, self.batch = part, batch
+        self.quantized = part.precision == "int8"
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.rng = np.random.default_rng(zlib.crc32(part.key.encode()))
+        self.input = "x"
+        self._scales: dict[float, list[str]] = {}
+
+    def constant(self, array: npt.NDArray[np.generic]) -> str:
+        """Add an initializer and return its name."""
+        name = f"c{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(np.asarray(array), name))
+        return name
+
+    def node(self, op_type: str, inputs: Sequence[str], **attributes: object) -> str:
+        """Add a node with one output and return the output's name."""
+        name = f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, list(inputs), [name], name=f"{op_type}_{name}", **attributes))
+        return name
+
+    def activation_scale(self, top: float) -> list[str]:
+        """Names of scale and zero point for a uint8 tensor with values in ``[0, top]``."""
+        if top not in self._scales:
+            scale = self.constant(np.array(top / 255, np.float32))
+            self._scales[top] = [scale, self.constant(np.array(0, np.uint8))]
+        return self._scales[top]
+
+    def weights(self, shape: Shape) -> tuple[str, str]:
+        """Weight and bias tensors, as int8 and int32 behind DequantizeLinear where the part is int8."""
+        fan_in = int(np.prod(shape[1:]))
+        weight = self.rng.normal(0, fan_in**-0.5, shape).astype(np.float32)
+        bias = self.rng.normal(0, 0.1, shape[0]).astype(np.float32)
+        if not self.quantized:
+            return self.constant(weight), self.constant(bias)
+        top = np.maximum(np.abs(weight).reshape(shape[0], -1).max(1), 1e-6)
+        scale = (top / 127).astype(np.float32)
+        stored = np.clip(np.round(weight / scale.reshape(-1, *[1] * (len(shape) - 1))), -127, 127).astype(np.int8)
+        bias_scale = (scale * (6.0 / 255)).astype(np.float32)
+        stored_bias = np.round(bias / bias_scale).astype(np.int32)
+        w = self._dequantized_weight(stored, scale, np.zeros(shape[0], np.int8))
+        b = self._dequantized_weight(stored_bias, bias_scale, np.zeros(shape[0], np.int32))
+        return w, b
+
+    def _dequantized_weight(
+        self, stored: npt.NDArray[np.generic], scale: npt.NDArray[np.float32], zero: npt.NDArray[np.generic]
+    ) -> str:
+        inputs = [self.constant(stored), self.constant(scale), self.constant(zero)]
+        return self.node("DequantizeLinear", inputs, axis=0)
+
+    def activation(self, x: str, kind: str) -> str:
+        """Activation; in int8 the clamp is the quantisation itself, as the runtime's quantiser writes it."""
+        if self.quantized:
+            quantized = self.node("QuantizeLinear", [x, *self.activation_scale(6.0)])
+            return self.node("DequantizeLinear", [quantized, *self.activation_scale(6.0)])
+        if kind == "relu6":
+            low, high = self.constant(np.array(0, np.float32)), self.constant(np.array(6, np.float32))
+            return self.node("Clip", [x, low, high])
+        if kind == "relu":
+            return self.node("Relu", [x])
+        return x
+
+    def model(self) -> onnx.ModelProto:
+        """The finished, checked model."""
+        part = self.part
+        u8_in = self.quantized or part.ops[0].text == "dequantize"
+        u8_out = self.quantized or part.ops[-1].text == "quantize"
+        x = "x"
+        if self.quantized:
+            x = self.input = self.node("DequantizeLinear", ["x", *self.activation_scale(6.0)])
+        for op, shape in zip(part.ops, part._shapes(), strict=False):
+            x = op.emit(self, x, shape)
+        if self.quantized:
+            # The last DequantizeLinear belongs to the neighbour: an int8 part ends in uint8.
+            x = self.nodes.pop().input[0]
+        graph = helper.make_graph(
+            self.nodes,
+            "part",
+            [helper.make_tensor_value_info("x", _dtype(u8_in), [self.batch, *part.shape])],
+            [helper.make_tensor_value_info(x, _dtype(u8_out), [self.batch, *part.out_shape])],
+            self.initializers,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+        onnx.checker.check_model(model)
+        return model
+
+
+def _dtype(quantized: bool) -> int:
+    return int(TensorProto.UINT8 if quantized else TensorProto.FLOAT)

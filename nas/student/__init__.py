@@ -1,0 +1,1 @@
+"""The deliverable: exporting, verifying, measuring and packing a student."""

@@ -1,0 +1,105 @@
+"""From a trained module to the ONNX file that runs: plain layers, any batch size, the passes' rewrites."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from nas.compression import restore, rewrite_onnx
+from nas.compression.base import Plan
+from nas.compression.fold import fold_batchnorm
+from nas.parts import OPSET, resize_scales
+
+INPUT, OUTPUT = "input", "logits"
+
+
+def deployable(model: nn.Module, plan: Plan) -> nn.Module:
+    """A float copy in evaluation mode with plain layers: helpers removed, normalisation folded."""
+    plain = restore(copy.deepcopy(model).eval(), plan)
+    return fold_batchnorm(plain).eval()
+
+
+def to_onnx(model: nn.Module, plan: Plan, sample: torch.Tensor, calibration: npt.NDArray[np.float32]) -> onnx.ModelProto:
+    """Export a trained (still simulating) module with all of its compression.
+
+    Args:
+        model: as trained, with the passes of ``plan`` applied.
+        sample: raw inputs ``[n, *input_shape]`` that fix the shapes.
+        calibration: raw training inputs for activation ranges.
+    """
+    exported = export_float(deployable(model, plan), sample[:1])
+    return rewrite_onnx(exported, plan, calibration)
+
+
+def export_float(model: nn.Module, sample: torch.Tensor) -> onnx.ModelProto:
+    """Plain export of a float module, with a free batch dimension."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # The TorchScript exporter is deprecated but takes well under a second where its successor takes 4 to 11.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model.eval(), (sample,), buffer, dynamo=False, opset_version=OPSET,
+            input_names=[INPUT], output_names=[OUTPUT],
+        )  # fmt: skip
+    return free_batch(onnx.load_from_string(buffer.getvalue()))
+
+
+def free_batch(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Make the first dimension symbolic; a Resize becomes one by constant scales, which know no batch."""
+    shapes = _shapes(model)
+    for node in model.graph.node:
+        if node.op_type == "Resize":
+            scales = resize_scales(tuple(shapes[node.input[0]][1:]), tuple(shapes[node.output[0]][2:]))  # type: ignore[arg-type]
+            name = f"{node.name}_scales"
+            model.graph.initializer.append(numpy_helper.from_array(scales, name))
+            del node.input[1:]
+            node.input.extend(["", name])
+    _drop_dead_nodes(model)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    del model.graph.value_info[:]
+    return model
+
+
+def _drop_dead_nodes(model: onnx.ModelProto) -> None:
+    alive = {value.name for value in model.graph.output}
+    kept = []
+    for node in reversed(model.graph.node):
+        if alive.intersection(node.output):
+            alive.update(node.input)
+            kept.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(kept))
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    graph = inferred.graph
+    return {
+        v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*graph.value_info, *graph.input, *graph.output)
+    }
+
+
+def onnx_macs_params(model: onnx.ModelProto) -> tuple[int, int]:
+    """MACs of one sample and deployed parameters (weights and biases) counted on the exported graph itself."""
+    shapes = _shapes(model)
+    sizes = {t.name: tuple(t.dims) for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in sizes:
+            sizes[node.output[0]] = sizes[node.input[0]]
+    macs = params = 0
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            weight = sizes[node.input[1]]
+            macs += int(np.prod(weight)) * int(np.prod(shapes[node.output[0]][2:]))
+            params += sum(int(np.prod(sizes[name])) for name in node.input[1:])
+    return macs, params

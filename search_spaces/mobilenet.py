@@ -1,0 +1,312 @@
+"""MobileNet-like space: inverted bottlenecks with depth, kernel, expansion, width and resolution, and their compression.
+
+Every channel count is a multiple of 8 and every activation a ReLU6, because that is what keeps convolutions in
+the fast layout and lets int8 fuse (see docs/architecture.md). The compression genes are bits per stage (32 or 8),
+the share of each bottleneck's hidden channels that is pruned after training, and the distillation settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nas.errors import SpaceError
+from nas.parts import AddInput, Boundary, Conv, GlobalAveragePool, Normalize, Part, Resize
+from nas.space import Candidate, Choice, SearchSpace, Site, TaskInfo, Training
+
+
+def round8(channels: float) -> int:
+    """Nearest multiple of 8, at least 8."""
+    return max(8, int(channels / 8 + 0.5) * 8)
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution, batch normalisation and, unless linear, ReLU6."""
+
+    def __init__(self, cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True) -> None:
+        conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
+        super().__init__()
+        self.add_module("conv", conv)
+        self.add_module("norm", nn.BatchNorm2d(cout))
+        if act:
+            self.add_module("act", nn.ReLU6())
+
+
+class InvertedBottleneck(nn.Module):
+    """1×1 expansion, depthwise k×k, linear 1×1 projection; residual where the shapes allow."""
+
+    def __init__(self, cin: int, hidden: int, cout: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.expand = ConvNormAct(cin, hidden, 1)
+        self.depthwise = ConvNormAct(hidden, hidden, kernel, stride, groups=hidden)
+        self.project = ConvNormAct(hidden, cout, 1, act=False)
+        self.residual = stride == 1 and cin == cout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.project(self.depthwise(self.expand(x)))
+        return y + x if self.residual else y
+
+
+class MobileNetModel(nn.Module):
+    """Preprocessing, stem, stages, pooled 1×1-convolution classifier: raw images → logits."""
+
+    def __init__(self, task: TaskInfo, resolution: int, stem: nn.Module, stages: nn.ModuleList, width: int) -> None:
+        super().__init__()
+        channels = task.input_shape[0]
+        self.register_buffer("mean", torch.tensor(task.mean).view(1, channels, 1, 1))
+        self.register_buffer("scale", 1.0 / torch.tensor(task.std).view(1, channels, 1, 1))
+        self.resolution = resolution
+        self.resize = tuple(task.input_shape[1:]) != (resolution, resolution)
+        self.stem = stem
+        self.stages = stages
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Conv2d(width, task.classes, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (x - self.mean) * self.scale
+        if self.resize:
+            x = F.interpolate(x, size=(self.resolution, self.resolution), mode="bilinear", align_corners=False)
+        x = self.stem(x)
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        return self.head(self.pool(x)).flatten(1)
+
+
+class MobileNet(SearchSpace):
+    """The space; one dictionary entry per stage configures it.
+
+    Args:
+        task: shapes, classes and preprocessing of the data.
+        resolutions: side lengths that the input is resized to.
+        stem: channels and stride of the first convolution.
+        widths, depths, strides: per stage; widths are multiples of 8.
+        kernels, expansions: offered in every stage.
+        bits: weight and activation bits on offer per stage: 32 (fp32) or 8 (int8).
+        prune: shares of hidden channels removed after training, rounded to multiples of 8.
+        kd_weights, temperatures: distillation settings on offer.
+    """
+
+    name = "mobilenet"
+
+    def __init__(
+        self,
+        task: TaskInfo,
+        *,
+        resolutions: Sequence[int] = (8, 16),
+        stem: tuple[int, int] = (16, 1),
+        widths: Sequence[Sequence[int]] = ((16,), (24, 32), (48, 64)),
+        depths: Sequence[Sequence[int]] = ((1, 2), (1, 2, 3), (1, 2, 3)),
+        strides: Sequence[int] = (1, 2, 2),
+        kernels: Sequence[int] = (3, 5),
+        expansions: Sequence[int] = (2, 4),
+        bits: Sequence[int] = (32, 8),
+        prune: Sequence[float] = (0.0, 0.5),
+        kd_weights: Sequence[float] = (0.0, 0.5, 0.9),
+        temperatures: Sequence[float] = (2.0, 4.0),
+    ) -> None:
+        self.task = task
+        self.stem_width, self.stem_stride = stem
+        self.strides = tuple(strides)
+        self.stages = range(len(widths))
+        _check(task, widths, depths, strides, bits, self.stem_width)
+        choices = [Choice("resolution", resolutions)]
+        for s in self.stages:
+            choices += [
+                Choice(f"stage{s}.depth", depths[s]),
+                Choice(f"stage{s}.width", widths[s]),
+                Choice(f"stage{s}.kernel", kernels),
+                Choice(f"stage{s}.expand", expansions),
+                Choice(f"stage{s}.prune", prune),
+                Choice(f"stage{s}.bits", bits),
+            ]
+        choices += [Choice("kd_weight", kd_weights), Choice("temperature", temperatures)]
+        # A choice of one value is no choice, but spaces with fixed genes keep one shape of genome.
+        self.choices = tuple(choices)
+        sites: dict[str, Site] = {"input": self._input, "stem": self._stem, "head": self._head, "output": self._output}
+        for s in self.stages:
+            sites[f"stage{s}.first"] = lambda c, s=s: self._first(c, s)
+            sites[f"stage{s}.rest"] = lambda c, s=s: self._rest(c, s)
+            sites[f"stage{s}.boundary"] = lambda c, s=s: self._boundary(c, s)
+        self.sites = sites
+
+    # ---- shapes that sites and build share ----------------------------------------------------
+
+    def _side(self, c: Candidate, stage: int) -> int:
+        """Side length of the input of ``stage``; ``len(stages)`` is the output of the last."""
+        side = int(c["resolution"])
+        for stride in (self.stem_stride, *self.strides[:stage]):
+            side = (side - 1) // stride + 1
+        return side
+
+    def _cin(self, c: Candidate, stage: int) -> int:
+        return self.stem_width if stage == 0 else int(c[f"stage{stage - 1}.width"])
+
+    def _hidden(self, c: Candidate, stage: int, cin: int) -> tuple[int, int]:
+        """Hidden channels as trained and as pruned."""
+        trained = round8(cin * float(c[f"stage{stage}.expand"]))
+        return trained, min(trained, round8(trained * (1 - float(c[f"stage{stage}.prune"]))))
+
+    # ---- what it costs ---------------------------------------------------------------------------
+
+    def _precision(self, c: Candidate, stage: int) -> str:
+        return "int8" if c[f"stage{stage}.bits"] == 8 else "fp32"
+
+    def _input(self, c: Candidate) -> list[Part]:
+        side = int(c["resolution"])
+        parts = [Part((Normalize(),), self.task.input_shape)]
+        if self.task.input_shape[1:] != (side, side):
+            parts = [Part((Normalize(), Resize(side)), self.task.input_shape)]
+        if self._precision(c, 0) == "int8":
+            parts.append(Part((Boundary("quantize"),), (self.task.input_shape[0], side, side), "boundary"))
+        return parts
+
+    def _stem(self, c: Candidate) -> Part:
+        side = int(c["resolution"])
+        conv = Conv(self.stem_width, 3, self.stem_stride, activation="relu6")
+        return Part((conv,), (self.task.input_shape[0], side, side), self._precision(c, 0))
+
+    def _block(self, c: Candidate, stage: int, cin: int, side: int, stride: int, count: int) -> Part:
+        width = int(c[f"stage{stage}.width"])
+        kernel = int(c[f"stage{stage}.kernel"])
+        _, hidden = self._hidden(c, stage, cin)
+        ops: list[Any] = [
+            Conv(hidden, 1, activation="relu6"),
+            Conv(hidden, kernel, stride, groups=0, activation="relu6"),
+            Conv(width, 1),
+        ]
+        if stride == 1 and cin == width:
+            ops.append(AddInput())
+        return Part(tuple(ops), (cin, side, side), self._precision(c, stage), count)
+
+    def _first(self, c: Candidate, stage: int) -> Part:
+        return self._block(c, stage, self._cin(c, stage), self._side(c, stage), self.strides[stage], 1)
+
+    def _rest(self, c: Candidate, stage: int) -> Part | None:
+        more = int(c[f"stage{stage}.depth"]) - 1
+        if not more:
+            return None
+        return self._block(c, stage, int(c[f"stage{stage}.width"]), self._side(c, stage + 1), 1, more)
+
+    def _boundary(self, c: Candidate, stage: int) -> Part | None:
+        """Crossing from the stage before into this one."""
+        if stage == 0:
+            return None
+        before, here = self._precision(c, stage - 1), self._precision(c, stage)
+        if before == here:
+            return None
+        side = self._side(c, stage)
+        kind = "quantize" if here == "int8" else "dequantize"
+        return Part((Boundary(kind),), (self._cin(c, stage), side, side), "boundary")
+
+    def _head(self, c: Candidate) -> Part:
+        last = len(self.stages) - 1
+        side = self._side(c, last + 1)
+        ops = (GlobalAveragePool(), Conv(self.task.classes, 1))
+        return Part(ops, (int(c[f"stage{last}.width"]), side, side), self._precision(c, last))
+
+    def _output(self, c: Candidate) -> Part | None:
+        if self._precision(c, len(self.stages) - 1) == "fp32":
+            return None
+        return Part((Boundary("dequantize"),), (self.task.classes, 1, 1), "boundary")
+
+    # ---- what is trained --------------------------------------------------------------------------
+
+    def build(self, candidate: Candidate) -> nn.Module:
+        """The unpruned float model of ``candidate``."""
+        c = candidate
+        stem = ConvNormAct(self.task.input_shape[0], self.stem_width, 3, self.stem_stride)
+        stages = nn.ModuleList()
+        for s in self.stages:
+            width, kernel = int(c[f"stage{s}.width"]), int(c[f"stage{s}.kernel"])
+            blocks = nn.ModuleList()
+            for d in range(int(c[f"stage{s}.depth"])):
+                cin = self._cin(c, s) if d == 0 else width
+                trained, _ = self._hidden(c, s, cin)
+                blocks.append(InvertedBottleneck(cin, trained, width, kernel, self.strides[s] if d == 0 else 1))
+            stages.append(blocks)
+        return MobileNetModel(self.task, int(c["resolution"]), stem, stages, width)
+
+    def training(self, candidate: Candidate) -> Training:
+        """Distillation and the two passes: hidden channels kept per block, bits per convolution."""
+        c = candidate
+        keep: dict[str, int] = {}
+        bits: dict[str, int] = {}
+        for s in self.stages:
+            for d in range(int(c[f"stage{s}.depth"])):
+                cin = self._cin(c, s) if d == 0 else int(c[f"stage{s}.width"])
+                trained, pruned = self._hidden(c, s, cin)
+                if pruned < trained:
+                    keep[f"stages.{s}.{d}.expand.conv"] = pruned
+                if c[f"stage{s}.bits"] == 8:
+                    for conv in ("expand", "depthwise", "project"):
+                        bits[f"stages.{s}.{d}.{conv}.conv"] = 8
+        if c["stage0.bits"] == 8:
+            bits["stem.conv"] = 8
+        if c[f"stage{len(self.stages) - 1}.bits"] == 8:
+            bits["head"] = 8
+        kd_weight = float(c["kd_weight"])
+        temperature = float(c["temperature"]) if kd_weight > 0 else 1.0
+        compression: dict[str, dict[str, Any]] = {}
+        if keep:
+            compression["channel_prune"] = keep
+        if bits:
+            compression["quantize"] = bits
+        return Training(kd_weight, temperature, compression)
+
+    # ---- reference members ------------------------------------------------------------------------
+
+    def _uniform(self, level: float, bits: int, prune: float) -> Candidate:
+        values: dict[str, Any] = {}
+        for choice in self.choices:
+            if choice.name.endswith(".bits"):
+                values[choice.name] = bits
+            elif choice.name.endswith(".prune"):
+                values[choice.name] = prune
+            elif choice.name in ("kd_weight", "temperature"):
+                values[choice.name] = choice.values[len(choice.values) // 2]
+            else:
+                values[choice.name] = choice.values[round(level * (len(choice.values) - 1))]
+        return Candidate(values)
+
+    def _values(self, suffix: str) -> tuple[Any, ...]:
+        return self.choices[self.position[f"stage0.{suffix}"]].values
+
+    def ladder(self) -> list[Candidate]:
+        """Plain fp32 members at rising uniform levels of every size choice, duplicates left out."""
+        plain = [self._uniform(level, max(self._values("bits")), min(self._values("prune"))) for level in (0, 0.34, 0.67, 1)]
+        unique = {tuple(c.as_dict().items()): c for c in plain}
+        return list(unique.values())
+
+    def uniform(self) -> list[Candidate]:
+        """Every uniform level with the fewest bits, pruned or not: the teacher shrunk without a search."""
+        levels = sorted({i / 12 for i in range(13)})
+        members = [self._uniform(v, min(self._values("bits")), p) for v in levels for p in self._values("prune")]
+        unique = {tuple(c.as_dict().items()): c for c in members}
+        return list(unique.values())
+
+
+def _check(
+    task: TaskInfo,
+    widths: Sequence[Sequence[int]],
+    depths: Sequence[Sequence[int]],
+    strides: Sequence[int],
+    bits: Sequence[int],
+    stem: int,
+) -> None:
+    if len(task.input_shape) != 3:
+        raise SpaceError(f"Input shape {task.input_shape}.", expected="images: (channels, height, width)")
+    if not len(widths) == len(depths) == len(strides):
+        raise SpaceError(f"{len(widths)} widths, {len(depths)} depths, {len(strides)} strides.", expected="one per stage")
+    unaligned = [w for stage in widths for w in stage if w % 8] + ([stem] if stem % 8 else [])
+    if unaligned:
+        raise SpaceError(f"Widths {unaligned} are no multiples of 8.", expected="multiples of 8, the runtime's block")
+    if set(bits) - {8, 32}:
+        raise SpaceError(f"Bits {sorted(bits)}.", expected="8 and 32: what onnxruntime executes")
+
+
+space = MobileNet
