@@ -144,7 +144,9 @@ def quantized_nodes(model: onnx.ModelProto, layers: Collection[str]) -> list[str
     A layer is found by the name of its weight. An addition or pooling takes the precision of the input that
     was computed last, which in a residual block is the block's own projection.
     """
-    producers = {out: i for i, node in enumerate(model.graph.node) for out in node.output}
+    producers = {
+        out: i for i, node in enumerate(model.graph.node) if node.op_type != "Constant" for out in node.output
+    }
     quantized: dict[int, bool] = {}
     for i, node in enumerate(model.graph.node):
         weight = node.input[1] if len(node.input) > 1 else ""

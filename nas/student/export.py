@@ -63,10 +63,24 @@ def free_batch(model: onnx.ModelProto) -> onnx.ModelProto:
             del node.input[1:]
             node.input.extend(["", name])
     _drop_dead_nodes(model)
+    _unshare_initializers(model)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     del model.graph.value_info[:]
     return model
+
+
+def _unshare_initializers(model: onnx.ModelProto) -> None:
+    """Give every reader its own copy: the exporter merges equal tensors, and shared ones do not fuse in int8."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    read: set[str] = set()
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            if name in tensors and name in read:
+                twin = model.graph.initializer.add()
+                twin.CopyFrom(tensors[name])
+                twin.name = node.input[i] = f"{node.name}_{name}"
+            read.add(name)
 
 
 def _drop_dead_nodes(model: onnx.ModelProto) -> None:

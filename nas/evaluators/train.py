@@ -1,0 +1,140 @@
+"""Training one candidate: distilled, compressed before its last epochs, fine-tuned compressed."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from nas.compression import apply_passes
+from nas.errors import TrainingError
+from nas.space import Training
+from nas.tasks import Task
+
+FINE_TUNE_LR = 0.3  # of the learning rate: enough to recover from compression, too little to forget
+SAMPLE = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how a model is trained.
+
+    Args:
+        epochs: in all, compressed ones included.
+        compressed_epochs: the last of them, after the compression passes.
+        batch_size, lr, weight_decay: AdamW, one cosine per phase with a short warm-up.
+        seconds: give up beyond this much time.
+    """
+
+    epochs: int
+    compressed_epochs: int
+    batch_size: int = 64
+    lr: float = 4e-3
+    weight_decay: float = 1e-2
+    seconds: float = 600.0
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Training inputs in a few augmented views, and what the teacher says to each.
+
+    Attributes:
+        x: ``[views, n, *input_shape]``; view 0 is not augmented.
+        y: ``[n]``.
+        teacher: teacher logits ``[views, n, classes]``, or nothing for training without a teacher.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    teacher: torch.Tensor | None
+
+    @classmethod
+    def prepare(cls, task: Task, teacher: nn.Module | None, views: int, seed: int) -> Lessons:
+        """Augment the training split ``views - 1`` times and ask the teacher once about every view."""
+        x, y = task.split("train")
+        generator = torch.Generator().manual_seed(seed)
+        stack = torch.stack([x, *(task.augment(x, generator) for _ in range(views - 1))])
+        if teacher is None:
+            return cls(stack, y, None)
+        logits = torch.stack([torch.from_numpy(predict(teacher, view)) for view in stack])
+        return cls(stack, y, logits)
+
+
+def predict(model: nn.Module, x: torch.Tensor, batch: int = 512) -> npt.NDArray[np.float32]:
+    """Logits ``[n, classes]`` in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        return np.concatenate([model(x[i : i + batch]).numpy() for i in range(0, len(x), batch)])
+
+
+def train(
+    model: nn.Module, task: Task, lessons: Lessons, training: Training, recipe: Recipe, seed: int
+) -> nn.Module:
+    """Train ``model`` and return it compressed (pruned for good, bits simulated), in evaluation mode.
+
+    Raises:
+        TrainingError: the loss is not finite, or the time is up.
+        CompressionError: a pass cannot do what the candidate asks.
+    """
+    deadline = time.monotonic() + recipe.seconds
+    generator = torch.Generator().manual_seed(seed)
+    compressed = recipe.compressed_epochs if training.compression else 0
+    plain = recipe.epochs - compressed
+    # Depthwise convolutions train about twice as fast on a CPU with channels last.
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _fit(model, task, lessons, training, recipe, recipe.lr, range(plain), generator, deadline)
+    if training.compression:
+        model = apply_passes(model, training.compression, lessons.x[0, :SAMPLE])
+        epochs = range(plain, recipe.epochs)
+        _fit(model, task, lessons, training, recipe, recipe.lr * FINE_TUNE_LR, epochs, generator, deadline)
+    return model.eval()
+
+
+def _fit(
+    model: nn.Module,
+    task: Task,
+    lessons: Lessons,
+    training: Training,
+    recipe: Recipe,
+    lr: float,
+    epochs: range,
+    generator: torch.Generator,
+    deadline: float,
+) -> None:
+    n, batch = len(lessons.y), min(recipe.batch_size, len(lessons.y))
+    steps = max(1, len(epochs) * (n // batch))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _one_cycle(step / steps))
+    model.train()
+    for epoch in epochs:
+        view = epoch % len(lessons.x)
+        order = torch.randperm(n, generator=generator)
+        for i in range(0, n - batch + 1, batch):  # a last, smaller batch would upset batch normalisation
+            rows = order[i : i + batch]
+            logits = model(lessons.x[view, rows])
+            if lessons.teacher is not None and training.kd_weight > 0:
+                loss = task.distillation_loss(
+                    logits, lessons.teacher[view, rows], lessons.y[rows], training.kd_weight, training.temperature
+                )
+            else:
+                loss = task.loss(logits, lessons.y[rows])
+            if not torch.isfinite(loss):
+                raise TrainingError(f"The loss became {loss.item()} in epoch {epoch + 1}.", remedy="a lower training.lr")
+            if time.monotonic() > deadline:
+                raise TrainingError(f"Out of time in epoch {epoch + 1} after {recipe.seconds:g} s.")
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+
+
+def _one_cycle(progress: float) -> float:
+    """Factor of the learning rate: a tenth of the way up, the rest down a cosine to nearly nothing."""
+    if progress < 0.1:
+        return 0.1 + 9 * progress
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))

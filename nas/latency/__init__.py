@@ -1,0 +1,7 @@
+"""Latency: devices, tables, the measuring protocol, and the estimator that prices genomes."""
+
+from nas.latency.device import Device
+from nas.latency.estimator import AdditiveEstimator, CostEstimator
+from nas.latency.table import LatencyTable
+
+__all__ = ["AdditiveEstimator", "CostEstimator", "Device", "LatencyTable"]

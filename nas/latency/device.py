@@ -1,0 +1,62 @@
+"""Devices: hardware, runtime and scenario (threads, batch), and the fingerprint that ties a table to them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nas.files import digest
+from nas.latency.runtimes import runtimes
+
+
+@dataclass(frozen=True)
+class Device:
+    """What latencies are measured on.
+
+    Attributes:
+        name: for people; the default says CPU, runtime and threads.
+        cpu, cores: hardware.
+        runtime, runtime_version, threads, batch: scenario.
+    """
+
+    name: str
+    cpu: str
+    cores: int
+    runtime: str
+    runtime_version: str
+    threads: int
+    batch: int
+
+    @classmethod
+    def local(cls, *, threads: int = 1, batch: int = 1, runtime: str = "onnxruntime", name: str = "") -> Device:
+        """This machine with the given scenario."""
+        cpu = cpu_model()
+        version = runtimes.get(runtime)().version()
+        slug = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
+        default = f"{slug}-{runtime}-t{threads}" + (f"-b{batch}" if batch > 1 else "")
+        return cls(name or default, cpu, os.cpu_count() or 1, runtime, version, threads, batch)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for machines and scenarios whose measurements may be exchanged."""
+        facts = {key: value for key, value in asdict(self).items() if key != "name"}
+        return digest(facts)[:12]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain form for tables and manifests."""
+        return {**asdict(self), "fingerprint": self.fingerprint}
+
+
+def cpu_model() -> str:
+    """The processor's name and, where it can be read, its model number (virtual machines share names)."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(re.findall(r"^(model name|model)\s*:\s*(.+)$", info, re.MULTILINE))
+    name = fields.get("model name") or platform.machine()
+    return f"{name} model {fields['model']}" if "model" in fields else name

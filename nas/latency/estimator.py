@@ -1,0 +1,96 @@
+"""Estimators price matrices of genomes by array operations; the additive one is compiled from a space's sites."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.errors import TableError
+from nas.latency.table import LatencyTable
+from nas.parts import Part
+from nas.space import Candidate, Genomes, SearchSpace
+
+Array = npt.NDArray[np.float64]
+COSTS = ("latency_ms", "latency_p95_ms", "size_bytes", "macs", "params")
+CHUNK = 8192  # rows whose index and sum stay in the processor's cache
+
+
+class CostEstimator(Protocol):
+    """Prices genomes: latency is never a black box to the search."""
+
+    costs: tuple[str, ...]
+
+    def price(self, genomes: Genomes) -> Array:
+        """Costs of ``genomes [n, choices]`` → ``[n, len(costs)]``."""
+
+
+class AdditiveEstimator:
+    """Sum over parts from a latency table, corrected by the table's fit, compiled to one gather per site.
+
+    Args:
+        space: the space whose sites are compiled.
+        table: has an entry for every key of the space.
+        costs: columns to price, from :data:`COSTS`.
+
+    Raises:
+        TableError: a key of the space is missing.
+    """
+
+    def __init__(self, space: SearchSpace, table: LatencyTable, costs: tuple[str, ...] = COSTS) -> None:
+        self.space, self.table, self.costs = space, table, costs
+        keys = space.keys()
+        if missing := table.missing(list(keys)):
+            table.entry(missing[0]) if table.entries else None
+            raise TableError(f"Table {table.name!r} lacks {len(missing)} of {len(keys)} keys of space {space.name!r}.")
+        # Two sites whose genes overlap entirely are one gather; the largest sites take the others in.
+        self._sites = [
+            (site.genes, site.strides, np.array([self._value(parts) for parts in site.parts])) for site in space.compiled
+        ]
+        self._constant = np.array([self._per_net(cost) for cost in costs])
+
+    def price(self, genomes: Genomes) -> Array:
+        """Costs ``[n, len(self.costs)]`` of ``genomes [n, choices]``; no Python work per candidate."""
+        genomes = np.atleast_2d(genomes)
+        out = np.empty((len(genomes), len(self.costs)))
+        for start in range(0, len(genomes), CHUNK):
+            block = np.ascontiguousarray(genomes[start : start + CHUNK].T)
+            total = np.repeat(self._constant[:, None], block.shape[1], axis=1)
+            index = np.empty(block.shape[1], dtype=np.int64)
+            term = np.empty_like(index)
+            for genes, strides, values in self._sites:
+                index[:] = 0
+                for gene, stride in zip(genes, strides, strict=True):
+                    np.multiply(block[gene], stride, out=term)
+                    index += term
+                for row in range(len(self.costs)):
+                    total[row] += values[:, row].take(index)
+            out[start : start + CHUNK] = total.T
+        return out
+
+    def price_slowly(self, candidate: Candidate) -> Array:
+        """The same by definition, part by part: what :meth:`price` must equal to float precision."""
+        return self._constant + self._value(tuple(self.space.parts(candidate)))
+
+    def _value(self, parts: tuple[Part, ...]) -> Array:
+        return np.array([sum(self._part_cost(part, cost) for part in parts) for cost in self.costs], dtype=np.float64)
+
+    def _part_cost(self, part: Part, cost: str) -> float:
+        if cost == "macs":
+            return float(part.macs)
+        if cost == "params":
+            return float(part.params)
+        fit = self.table.fits[cost]
+        return part.count * fit.part(part_value(self.table, part, cost), part)
+
+    def _per_net(self, cost: str) -> float:
+        return self.table.fits[cost].per_net if cost in self.table.fits else 0.0
+
+
+def part_value(table: LatencyTable, part: Part, cost: str) -> float:
+    """Cost of one copy of ``part`` on its own: aggregated ms, p95 ms, or bytes of weights."""
+    if cost == "size_bytes":
+        return part.weight_bytes / part.count
+    entry = table.entry(part.key)
+    return entry.timing.p95 if cost == "latency_p95_ms" else entry.value

@@ -1,0 +1,153 @@
+"""The measuring protocol: everything interleaved at random over rounds, a yardstick kernel beside each timing.
+
+Machines have fast and slow spells of seconds. Timing one thing to its end and then the next puts the spell into
+the difference between them; visiting everything in random order in every round puts it into all of them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.latency.runtimes import Runner
+
+Array = npt.NDArray[np.float64]
+Progress = Callable[[float, str], None]
+AGGREGATORS = ("median", "ratio", "min")
+MIN_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one inference.
+
+    Attributes:
+        p50, p95, mean: over all timed calls.
+        n: number of timed calls.
+        noise: relative difference of the medians of two interleaved halves of the rounds.
+    """
+
+    p50: float
+    p95: float
+    mean: float
+    n: int
+    noise: float
+
+
+@dataclass
+class Samples:
+    """Raw timings of one model: ``calls`` [visits, calls per visit] and ``yardstick`` [visits], in ms."""
+
+    calls: list[list[float]] = field(default_factory=list)
+    yardstick: list[float] = field(default_factory=list)
+
+    def aggregate(self, how: str, reference: float, part: slice = slice(None)) -> float:
+        """One number in ms; ``reference`` is the yardstick's own median over everything."""
+        visits = np.median(np.asarray(self.calls)[part], axis=1)
+        if how == "ratio":
+            return float(np.median(visits / np.asarray(self.yardstick)[part]) * reference)
+        return float(visits.min() if how == "min" else np.median(visits))
+
+    def timing(self) -> Timing:
+        """Summary of all calls."""
+        calls = np.asarray(self.calls)
+        halves = [float(np.median(calls[i::2])) for i in (0, 1)] if len(calls) > 1 else [1.0, 1.0]
+        noise = abs(halves[0] - halves[1]) / float(np.mean(halves))
+        p50, p95 = np.percentile(calls, [50, 95])
+        return Timing(float(p50), float(p95), float(calls.mean()), calls.size, noise)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one interleaved session saw.
+
+    Attributes:
+        samples: model name → its raw timings, one visit a round.
+        reference: median of the yardstick, ms.
+        seconds, rounds: what it took.
+    """
+
+    samples: Mapping[str, Samples]
+    reference: float
+    seconds: float
+    rounds: int
+
+    def values(self, names: Sequence[str], how: str, part: slice = slice(None)) -> Array:
+        """Aggregated ms of several models."""
+        return np.array([self.samples[name].aggregate(how, self.reference, part) for name in names])
+
+    def disagreement(self, names: Sequence[str], how: str) -> float:
+        """Mean relative difference between two interleaved halves of the rounds: the noise floor."""
+        first, second = self.values(names, how, slice(0, None, 2)), self.values(names, how, slice(1, None, 2))
+        return float(np.mean(np.abs(first - second) / ((first + second) / 2)))
+
+    def best_aggregator(self, names: Sequence[str]) -> str:
+        """The aggregator under which repeated measurements of ``names`` agree best."""
+        return min(AGGREGATORS, key=lambda how: self.disagreement(names, how))
+
+
+def interleave(
+    runners: Mapping[str, Runner],
+    yardstick: Runner,
+    *,
+    seconds: float,
+    max_rounds: int = 200,
+    calls: int = 5,
+    target_noise: float = 0.0,
+    watch: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Time all runners in random order, round after round.
+
+    Args:
+        seconds: stop after the round in which this much time has passed (at least six rounds are done).
+        calls: timed calls a visit, after one that warms caches up.
+        target_noise: stop early once the ``watch`` models repeat within this relative difference.
+        progress: called with the share of time used and a message.
+    """
+    rng = np.random.default_rng(seed)
+    names = list(runners)
+    samples = {name: Samples() for name in names}
+    start = time.perf_counter()
+    collecting = gc.isenabled()
+    gc.disable()  # a collection inside a 20 µs timing would be the timing
+    try:
+        rounds = 0
+        while rounds < max_rounds:
+            for i in rng.permutation(len(names)):
+                name = names[i]
+                samples[name].yardstick.append(float(np.median(_visit(yardstick, 2))))
+                samples[name].calls.append(_visit(runners[name], calls))
+            rounds += 1
+            spent = time.perf_counter() - start
+            if progress is not None:
+                progress(min(1.0, spent / seconds), f"round {rounds}")
+            if rounds < MIN_ROUNDS:
+                continue
+            if spent > seconds or (target_noise and _settled(samples, watch, target_noise)):
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    reference = float(np.median([value for s in samples.values() for value in s.yardstick]))
+    return Measurement(samples, reference, time.perf_counter() - start, rounds)
+
+
+def _visit(runner: Runner, calls: int) -> list[float]:
+    runner()
+    times = []
+    for _ in range(calls):
+        begin = time.perf_counter_ns()
+        runner()
+        times.append((time.perf_counter_ns() - begin) / 1e6)
+    return times
+
+
+def _settled(samples: Mapping[str, Samples], watch: Sequence[str], target: float) -> bool:
+    return bool(watch) and float(np.mean([samples[name].timing().noise for name in watch])) <= target

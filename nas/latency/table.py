@@ -1,0 +1,150 @@
+"""Latency tables: part key → measurements on one device, with the fit to whole nets and full provenance."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nas.errors import TableError
+from nas.files import digest, write_json
+from nas.latency.fit import FitError, LinearFit
+from nas.latency.measure import Timing
+
+SCHEMA_VERSION = 1
+REBUILD = "build it again with `nas profile`"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured part: its timing, the aggregated ms that sums use, and what the runtime fused."""
+
+    timing: Timing
+    value: float
+    fused: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """A table for one device.
+
+    Attributes:
+        space: name of the space that it was built for (keys of other spaces may be in it too).
+        device: as :meth:`Device.as_dict` gives it.
+        entries: part key → entry.
+        fits: cost name (``latency_ms``, ``latency_p95_ms``, ``size_bytes``) → fit to whole nets.
+        errors: cost name → leave-one-out error of that fit.
+        noise: relative difference between two halves of the rounds on whole nets.
+        nets: predicted (leave-one-out) and measured ms of the calibration nets.
+        protocol: how it was measured.
+        date, nas_version: when and by what.
+    """
+
+    space: str
+    device: dict[str, Any]
+    entries: dict[str, Entry]
+    fits: dict[str, LinearFit]
+    errors: dict[str, FitError]
+    noise: float
+    nets: list[dict[str, float]]
+    protocol: dict[str, Any]
+    date: str
+    nas_version: str
+
+    @property
+    def name(self) -> str:
+        """Readable name: space and device."""
+        return f"{self.space}-{self.device['name']}"
+
+    def entry(self, key: str) -> Entry:
+        """The entry of a part key; raises TableError naming the nearest one where it is missing."""
+        try:
+            return self.entries[key]
+        except KeyError:
+            near = difflib.get_close_matches(key, list(self.entries), n=1, cutoff=0.0)
+            raise TableError(
+                f"Table {self.name!r} has no entry for {key!r}; the nearest is {near[0] if near else 'none'!r}.",
+                remedy=REBUILD + " for this space",
+            ) from None
+
+    def missing(self, keys: list[str]) -> list[str]:
+        """Keys that the table lacks."""
+        return [key for key in keys if key not in self.entries]
+
+    # ---- files -------------------------------------------------------------------------------
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "unit": "ms",
+            "space": self.space,
+            "device": self.device,
+            "date": self.date,
+            "nas_version": self.nas_version,
+            "noise": self.noise,
+            "errors": {cost: asdict(error) for cost, error in self.errors.items()},
+            "protocol": self.protocol,
+            "fits": {cost: fit.as_dict() for cost, fit in self.fits.items()},
+            "nets": self.nets,
+            "entries": {key: {**asdict(e.timing), "value": e.value, "fused": e.fused} for key, e in self.entries.items()},
+        }
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the content; an edited file no longer has its own."""
+        # Through JSON once, so that tuples and lists have one form before and after a file.
+        return digest(json.loads(json.dumps(self._content())))
+
+    def save(self, path: Path) -> None:
+        """Write atomically."""
+        write_json(path, {**self._content(), "sha256": self.sha256})
+
+    @classmethod
+    def load(cls, path: Path) -> LatencyTable:
+        """Read and check a table file.
+
+        Raises:
+            TableError: unreadable, truncated, edited, of another schema or unit, or with values that are no times.
+        """
+        try:
+            raw = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise TableError(f"There is no table at {path}.", remedy=REBUILD) from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise TableError(f"{path} is damaged: {error}.", expected="a JSON table", remedy=REBUILD) from error
+        if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION or raw.get("unit") != "ms":
+            raise TableError(f"{path} is no table of schema {SCHEMA_VERSION} in milliseconds.", remedy=REBUILD)
+        try:
+            table = cls._parse(raw)
+        except (KeyError, TypeError, ValueError) as error:
+            raise TableError(f"{path} lacks or garbles a field: {error!r}.", remedy=REBUILD) from error
+        if raw.get("sha256") != table.sha256:
+            raise TableError(f"{path} does not match its own sha256: it was edited or cut.", remedy=REBUILD)
+        return table
+
+    @classmethod
+    def _parse(cls, raw: dict[str, Any]) -> LatencyTable:
+        entries = {}
+        for key, e in raw["entries"].items():
+            timing = Timing(e["p50"], e["p95"], e["mean"], e["n"], e["noise"])
+            if not all(math.isfinite(v) and v > 0 for v in (timing.p50, timing.p95, timing.mean, e["value"])):
+                raise ValueError(f"entry {key!r} holds a time that is not finite and positive")
+            entries[key] = Entry(timing, e["value"], e["fused"])
+        fits = {
+            cost: LinearFit(tuple(f["scale"]), tuple(f["per_part"]), f["per_net"]) for cost, f in raw["fits"].items()
+        }
+        return cls(
+            space=raw["space"],
+            device=raw["device"],
+            entries=entries,
+            fits=fits,
+            errors={cost: FitError(**e) for cost, e in raw["errors"].items()},
+            noise=raw["noise"],
+            nets=raw["nets"],
+            protocol=raw["protocol"],
+            date=raw["date"],
+            nas_version=raw["nas_version"],
+        )

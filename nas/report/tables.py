@@ -1,0 +1,93 @@
+"""The tables of the page: models, finalists, the winner's choices and every trial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nas.report.formats import UNKNOWN, duration, kib, milliseconds, percent, score, text
+from nas.report.markup import Html, pairs, safe, table, tag
+from nas.report.summary import Record, meets, number, part, ranked, records, rows_in_order
+from nas.report.terminal import COLUMNS, row_cells
+from nas.report.words import ARMS, metric, who
+
+
+def models(summary: Record) -> Html:
+    """Teacher, baselines and student: the rows of the summary."""
+    rows = rows_in_order(summary)
+    marked = ["student" if item.get("name") == "student" else "" for item in rows]
+    return table(["", f"test {metric(summary)}", *COLUMNS], (row_cells(summary, item) for item in rows), marked=marked)
+
+
+def finalists(summary: Record) -> Html:
+    """Finalists by falling measured reward, the winner marked."""
+    items = ranked(records(summary, "finalists"))
+    head = ["finalist", "measured reward", f"{metric(summary)} in the search", f"final validation {metric(summary)}"]
+    head += ["predicted ms", "p50 ms", "p95 ms", "noise", "size KiB", "budget"]
+    marked = ["student" if item.get("winner") else "" for item in items]
+    return table(head, map(_finalist, items), marked=marked)
+
+
+def _finalist(item: Record) -> list[object]:
+    noise = number(item, "noise")
+    return [
+        who(item).removeprefix("the ") + (" ★ winner" if item.get("winner") else ""),
+        score(number(item, "reward")),
+        percent(number(item, "quality_search")),
+        percent(number(item, "quality_valid")),
+        *(milliseconds(number(item, key)) for key in ("predicted_ms", "p50_ms", "p95_ms")),
+        UNKNOWN if noise is None else f"±{percent(noise)}",
+        kib(number(item, "size_bytes")),
+        _budget(item),
+    ]
+
+
+def _budget(item: Record) -> Html:
+    over = number(item, "violation")
+    if over is None:
+        return safe(UNKNOWN)
+    return tag("span", "met", class_="good") if meets(item) else tag("span", f"over by {percent(over)}", class_="bad")
+
+
+def choices(candidate: Mapping[str, Any]) -> Html:
+    """A candidate for people: choices named ``place.what`` as a grid of places and whats, the others as a list."""
+    whole = [(key, value) for key, value in candidate.items() if "." not in key]
+    places: dict[str, dict[str, Any]] = {}
+    for key, value in candidate.items():
+        place, dot, what = key.rpartition(".")
+        if dot:
+            places.setdefault(place, {})[what] = value
+    whats = list(dict.fromkeys(what for values in places.values() for what in values))
+    grid = ([place, *(values.get(what, "") for what in whats)] for place, values in places.items())
+    shown = pairs(whole) if whole else Html("")
+    return Html(shown + (table(["", *whats], grid, class_="narrow") if places else ""))
+
+
+def trials(summary: Record, items: Sequence[dict[str, Any]]) -> Html:
+    """Every trial of an arm in the order in which it was asked; failures with their reason."""
+    head = ["trial", "status", f"validation {metric(summary)}", "reward", "predicted ms", "predicted KiB", "budget"]
+    marked = ["" if meets(item) else "fails" for item in items]
+    return table([*head, "took", "candidate"], map(_trial, items), marked=marked, class_="trials")
+
+
+def _trial(item: Record) -> list[object]:
+    status = text(item.get("status"))
+    reason = item.get("reason")
+    return [
+        text(item.get("index")),
+        f"{status}: {reason}" if reason else status,
+        percent(number(item, "quality")),
+        score(number(item, "reward")),
+        milliseconds(number(item, "latency_ms")),
+        kib(number(item, "size_bytes")),
+        _budget(item),
+        duration(number(item, "seconds")),
+        "  ".join(f"{key}={value}" for key, value in part(item, "candidate").items()),
+    ]
+
+
+def arm_title(arm: str, items: Sequence[dict[str, Any]]) -> str:
+    """``random search: 40 trials, 2 failed``."""
+    failed = sum(item.get("status") == "failed" for item in items)
+    plural = "" if len(items) == 1 else "s"
+    return f"{ARMS.get(arm, arm)}: {len(items)} trial{plural}" + (f", {failed} failed" if failed else "")
