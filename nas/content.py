@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from nas.errors import ContentError
 from nas.registry import import_object
-from nas.space import SearchSpace
+from nas.settings import construct
+from nas.space import SearchSpace, TaskInfo
 
 # Kind → what one item is called, and the endings of its files, the first preferred.
 KINDS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
@@ -197,3 +198,16 @@ def _failure(origin: str, error: BaseException, path: Path | None) -> ContentErr
         f"Loading the search space {origin} failed at {where}: {type(error).__name__}: {message}",
         remedy="install the missing package" if isinstance(error, ModuleNotFoundError) else "mend that line",
     )
+
+
+def load_space(name: str, task: TaskInfo, options: dict[str, Any]) -> SearchSpace:
+    """The space called ``name`` for a task, with the options of an experiment; picklable to other processes.
+
+    Raises:
+        ContentError: it cannot be found or loaded.
+        ExperimentError: an option is unknown or of the wrong type.
+        SpaceError: the options describe no valid space.
+    """
+    space = construct(load_space_class(name), options, task, where="space")
+    space.recipe = (load_space, (name, task, options))
+    return space

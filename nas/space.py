@@ -181,6 +181,12 @@ class SearchSpace(abc.ABC):
     name: ClassVar[str] = "space"
     choices: tuple[Choice, ...]
     sites: Mapping[str, Site]
+    #: How to make this space again in another process: a function and its arguments; set by whoever loads it.
+    recipe: tuple[Callable[..., SearchSpace], tuple[Any, ...]] | None = None
+
+    def __reduce__(self) -> Any:
+        # Sites are closures, and classes of content files are known to no other process.
+        return super().__reduce__() if self.recipe is None else self.recipe
 
     @abc.abstractmethod
     def build(self, candidate: Candidate) -> nn.Module:

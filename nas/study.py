@@ -14,7 +14,7 @@ import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage
-from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
 from nas.errors import StudyError
@@ -48,7 +48,7 @@ class Trial:
     seconds: float = 0.0
 
 
-class _ProcessLock(BaseJournalFileLock):
+class _ProcessLock:
     """A lock of the operating system, which a killed process cannot leave behind as Optuna's lock files can."""
 
     def __init__(self, path: Path) -> None:
@@ -109,7 +109,7 @@ class Study:
             self.repaired = f"{path.name}: a last line torn by a crash ({cut} bytes) was cut off"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return JournalStorage(JournalFileBackend(str(path), _ProcessLock(path.with_name(f".{path.name}.lock"))))
+            return JournalStorage(JournalFileBackend(str(path), _ProcessLock(path.with_name(f".{path.name}.lock"))))  # type: ignore[arg-type]
 
     def _check_identity(self, identity: dict[str, Any], storage: str | Path) -> None:
         plain = json.loads(json.dumps(identity))

@@ -47,8 +47,17 @@ class ActivationQuantizer(nn.Module):
                 self.high.lerp_(high, momentum)
                 self.seen.fill_(True)
         scale = (self.high - self.low) / self.levels
-        zero = torch.round(-self.low / scale).to(torch.int32)
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, self.levels)
+        zero = torch.round(-self.low / scale)
+        if self.training:
+            return torch.fake_quantize_per_tensor_affine(x, scale, zero.to(torch.int32), 0, self.levels)
+        return _fake_quantize(x, scale, zero, 0, self.levels)
+
+
+def _fake_quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | float, low: int, high: int
+) -> torch.Tensor:
+    """The same arithmetic in plain operators: torch.export knows no fake-quantisation by tensors."""
+    return (torch.clamp(torch.round(x / scale) + zero, low, high) - zero) * scale
 
 
 class QuantConv2d(nn.Conv2d):
@@ -67,8 +76,11 @@ class QuantConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.input_quantizer(x)
         scale = self.weight.detach().abs().amax(dim=(1, 2, 3)).clamp(min=1e-8) / self.top
-        zero = torch.zeros_like(scale, dtype=torch.int32)
-        weight = torch.fake_quantize_per_channel_affine(self.weight, scale, zero, 0, -self.top, self.top)
+        if self.training:
+            zero = torch.zeros_like(scale, dtype=torch.int32)
+            weight = torch.fake_quantize_per_channel_affine(self.weight, scale, zero, 0, -self.top, self.top)
+        else:
+            weight = _fake_quantize(self.weight, scale.view(-1, 1, 1, 1), 0.0, -self.top, self.top)
         return self.output_quantizer(self._conv_forward(x, weight, self.bias))
 
     def plain(self) -> nn.Conv2d:

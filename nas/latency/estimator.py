@@ -7,7 +7,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nas.errors import TableError
 from nas.latency.table import LatencyTable
 from nas.parts import Part
 from nas.space import Candidate, Genomes, SearchSpace
@@ -42,9 +41,7 @@ class AdditiveEstimator:
         self.space, self.table, self.costs = space, table, costs
         keys = space.keys()
         if missing := table.missing(list(keys)):
-            table.entry(missing[0]) if table.entries else None
-            raise TableError(f"Table {table.name!r} lacks {len(missing)} of {len(keys)} keys of space {space.name!r}.")
-        # Two sites whose genes overlap entirely are one gather; the largest sites take the others in.
+            raise table.lacks(missing, len(keys))
         self._sites = [
             (site.genes, site.strides, np.array([self._value(parts) for parts in site.parts])) for site in space.compiled
         ]

@@ -61,14 +61,18 @@ class LatencyTable:
 
     def entry(self, key: str) -> Entry:
         """The entry of a part key; raises TableError naming the nearest one where it is missing."""
-        try:
-            return self.entries[key]
-        except KeyError:
-            near = difflib.get_close_matches(key, list(self.entries), n=1, cutoff=0.0)
-            raise TableError(
-                f"Table {self.name!r} has no entry for {key!r}; the nearest is {near[0] if near else 'none'!r}.",
-                remedy=REBUILD + " for this space",
-            ) from None
+        if key not in self.entries:
+            raise self.lacks([key], 1)
+        return self.entries[key]
+
+    def lacks(self, missing: list[str], wanted: int) -> TableError:
+        """The error for parts that the table does not have."""
+        near = difflib.get_close_matches(missing[0], list(self.entries), n=1, cutoff=0.0)
+        return TableError(
+            f"Table {self.name!r} lacks {len(missing)} of {wanted} parts, the first {missing[0]!r}"
+            + (f"; the nearest that it has is {near[0]!r}." if near else "."),
+            remedy=REBUILD + " for this space",
+        )
 
     def missing(self, keys: list[str]) -> list[str]:
         """Keys that the table lacks."""

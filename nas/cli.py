@@ -1,0 +1,207 @@
+"""The command line: search, profile, report, list. The only place that prints and exits."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nas import __version__
+from nas.errors import NasError
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class Bar:
+    """Progress on the terminal: one bar a stage with time left, notes above it."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), TextColumn("{task.fields[message]}"), console=console,
+        )  # fmt: skip
+        self.task = self.progress.add_task("starting", total=1.0, message="")
+
+    def stage(self, name: str) -> None:
+        """Begin a new bar."""
+        self.progress.update(self.task, completed=1.0)
+        self.task = self.progress.add_task(name, total=1.0, message="")
+
+    def update(self, share: float, message: str = "") -> None:
+        """Move the bar."""
+        self.progress.update(self.task, completed=share, message=escape(message))
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.progress.console.print(escape(text), soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``nas``; returns the exit code: 0, 2 for what a user can mend, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.function(options) or 0)
+    except NasError as error:
+        if options.debug:
+            traceback.print_exc()
+        errors.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        errors.print("stopped; nothing finished is lost, go on with --resume")
+        return INTERRUPTED
+    except Exception as error:
+        if options.debug:
+            raise
+        errors.print(
+            f"[bold red]internal error[/]: {type(error).__name__}: {escape(str(error))}\n"
+            "Nothing finished is lost: go on with --resume. --debug shows where it happened.",
+            soft_wrap=True,
+        )
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("nas", description="Hardware-aware search for compressed students.")
+    parser.add_argument("--version", action="version", version=f"nas {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    search = commands.add_parser("search", parents=[common], help="search, and return a measured student")
+    search.add_argument("experiment", help="file or bundled name (see `nas list experiments`)")
+    search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the experiment")
+    search.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
+    search.add_argument("--resume", action="store_true", help="go on where a run stopped; starts where there is none")
+    search.add_argument("--dry-run", action="store_true", help="say what would be done, and how long it would take")
+    search.set_defaults(function=_search)
+
+    profile = commands.add_parser("profile", parents=[common], help="build a latency table for this device")
+    profile.add_argument("experiment", help="experiment whose space and device are profiled")
+    profile.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    profile.add_argument("--out", type=Path, help="table file (default: this machine's cache, where searches look)")
+    profile.set_defaults(function=_profile)
+
+    report = commands.add_parser("report", parents=[common], help="write a run's report.html again and print its table")
+    report.add_argument("run", type=Path, help="run folder")
+    report.set_defaults(function=_report)
+
+    listing = commands.add_parser("list", parents=[common], help="what is there: spaces, strategies, runs, …")
+    listing.add_argument("what", nargs="?", choices=sorted(_kinds()), help="one kind only")
+    listing.set_defaults(function=_list)
+    return parser
+
+
+def _search(options: argparse.Namespace) -> int:
+    from nas.experiment import load_experiment
+    from nas.job import execute
+
+    experiment = load_experiment(options.experiment, options.set)
+    run = options.out or Path("runs") / experiment.name
+    if options.dry_run:
+        return _dry_run(experiment)
+    bar = Bar()
+    with bar.progress:
+        execute(experiment, run, resume=options.resume, progress=bar)
+    _print_result(run)
+    return 0
+
+
+def _dry_run(experiment: object) -> int:
+    from nas.forecast import forecast
+
+    for line in forecast(experiment):  # type: ignore[arg-type]
+        console.print(escape(line), soft_wrap=True)
+    return 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from nas.experiment import load_experiment
+    from nas.job import build_only
+
+    experiment = load_experiment(options.experiment, options.set)
+    bar = Bar()
+    with bar.progress:
+        path = build_only(experiment, options.out, bar)
+    console.print(f"table written to {escape(str(path))}", soft_wrap=True)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from nas.report import write_report
+
+    path = write_report(options.run)
+    _print_result(options.run)
+    console.print(f"report: {escape(str(path))}", soft_wrap=True)
+    return 0
+
+
+def _print_result(run: Path) -> None:
+    import json
+
+    from nas.report import headline, summary_table
+
+    summary = json.loads((run / "summary.json").read_text())
+    console.print(summary_table(summary))
+    for line in headline(summary):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"report: {run / 'report.html'}", markup=False, soft_wrap=True)
+
+
+def _kinds() -> tuple[str, ...]:
+    return (
+        "spaces", "experiments", "tables", "tasks", "strategies", "rewards", "passes", "evaluators", "runtimes", "runs",
+    )  # fmt: skip
+
+
+def _list(options: argparse.Namespace) -> int:
+    for kind in [options.what] if options.what else _kinds():
+        names = _names(kind)
+        if options.what:
+            for name in names:
+                console.print(name, markup=False, soft_wrap=True)
+        else:
+            console.print(f"[bold]{kind}[/]: {escape(', '.join(names) or 'none')}", soft_wrap=True)
+    return 0
+
+
+def _names(kind: str) -> list[str]:
+    from nas import content
+    from nas.locks import cache_dir
+
+    if kind in ("spaces", "experiments"):
+        return list(content.available("search_spaces" if kind == "spaces" else kind))
+    if kind == "tables":
+        cached = sorted((cache_dir() / "tables").glob("*.json"))
+        return [*content.available("latency_tables"), *map(str, cached)]
+    if kind == "runs":
+        return [str(path.parent) for path in sorted(Path("runs").glob("*/experiment.yaml"))]
+    return list(_registries()[kind])
+
+
+def _registries() -> dict[str, list[str]]:
+    from nas.compression import passes
+    from nas.evaluators import evaluators
+    from nas.latency.runtimes import runtimes
+    from nas.reward import rewards
+    from nas.strategies import strategies
+    from nas.tasks import tasks
+
+    found = {
+        "tasks": tasks, "strategies": strategies, "rewards": rewards, "passes": passes, "evaluators": evaluators,
+        "runtimes": runtimes,
+    }  # fmt: skip
+    return {kind: list(registry) for kind, registry in found.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+

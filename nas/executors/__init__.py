@@ -1,0 +1,6 @@
+"""Executors: where evaluations run; results arrive as they are done."""
+
+from nas.executors.base import Executor, Serial
+from nas.executors.processes import Processes
+
+__all__ = ["Executor", "Processes", "Serial"]

@@ -1,0 +1,264 @@
+"""The experiment file: its schema, validated once at the door, and ``--set key=value`` on top of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from nas import content
+from nas.errors import ExperimentError
+
+SCHEMA = "docs/experiment.md"
+
+
+class Section(BaseModel):
+    """A part of the file; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OpenSection(BaseModel):
+    """A part whose further keys belong to a plug-in, which checks them by its own signature."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The plug-in's own keys."""
+        return dict(self.model_extra or {})
+
+
+class TaskSection(OpenSection):
+    """Data and metric. Further keys go to the task (``shift``, ``valid``, ``limit``, …)."""
+
+    kind: str = "classification"
+    data: str
+
+
+class SpaceSection(OpenSection):
+    """Search space by name, path or ``module:name``. Further keys go to the space."""
+
+    name: str
+
+
+class DeviceSection(Section):
+    """What the latencies are measured on."""
+
+    name: str = ""
+    threads: int = Field(1, ge=1)
+    batch: int = Field(1, ge=1)
+    runtime: str = "onnxruntime"
+
+
+class TableSection(Section):
+    """Latency table: ``auto`` finds or builds one for this device; otherwise a path or bundled name."""
+
+    path: str = "auto"
+    seconds: float = Field(20.0, gt=0)
+    nets: int = Field(20, ge=8, le=30)
+    noise: float = Field(0.01, ge=0)
+
+
+class TeacherSection(Section):
+    """Trained from the space's ladder, or your own module (``model: my_pkg.models:build``) and its weights."""
+
+    epochs: int = Field(14, ge=1)
+    tolerance: float = Field(0.005, ge=0, lt=1)
+    model: str | None = None
+    weights: str | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> TeacherSection:
+        if (self.model is None) != (self.weights is None):
+            raise ValueError("model and weights go together")
+        return self
+
+
+class StrategySection(OpenSection):
+    """Strategy by name. Further keys go to it."""
+
+    kind: str = "evolution"
+
+
+class RewardSection(OpenSection):
+    """Reward by name; ``target`` defaults to the latency budget. Further keys go to it."""
+
+    kind: str = "mnasnet_soft"
+    target: float | None = Field(None, gt=0)
+
+
+def amount(value: Any) -> float | str:
+    """A number, or a percentage of the teacher's, as text."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*%\s*", value)
+        if not match or not 0 < float(match.group(1)):
+            raise ValueError("expected a number, or a share of the teacher's such as '30%'")
+        return f"{float(match.group(1)):g}%"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError("expected a number above 0, or a share of the teacher's such as '30%'")
+    return float(value)
+
+
+class BudgetSection(Section):
+    """Hard limits: milliseconds and bytes, or shares of the teacher's measured p50 and of its file."""
+
+    latency: float | str | None = None
+    percentile: Literal["p50", "p95"] = "p50"
+    size: float | str | None = None
+
+    @field_validator("latency", "size", mode="before")
+    @classmethod
+    def _amount(cls, value: Any) -> Any:
+        return None if value is None else amount(value)
+
+
+class SearchSection(Section):
+    """How much is tried. ``batch`` belongs to the experiment; ``workers`` to the machine."""
+
+    trials: int = Field(24, ge=1)
+    seconds: float = Field(math.inf, gt=0)
+    batch: int = Field(4, ge=1)
+    workers: int | Literal["auto"] = "auto"
+
+
+class TrainingSection(Section):
+    """The short training by which a candidate is judged."""
+
+    epochs: int = Field(8, ge=1)
+    compressed_epochs: int = Field(3, ge=1)
+    batch_size: int = Field(64, ge=2)
+    lr: float = Field(4e-3, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    views: int = Field(4, ge=1)
+    seconds: float = Field(600.0, gt=0)
+
+    @model_validator(mode="after")
+    def _order(self) -> TrainingSection:
+        if self.compressed_epochs > self.epochs:
+            raise ValueError(f"compressed_epochs {self.compressed_epochs} exceeds epochs {self.epochs}")
+        return self
+
+
+class FinalistsSection(Section):
+    """The long training of the best few, which are then measured."""
+
+    count: int = Field(3, ge=1)
+    epochs: int = Field(24, ge=1)
+    compressed_epochs: int = Field(8, ge=1)
+    seconds: float = Field(10.0, gt=0)
+
+
+class StudySection(Section):
+    """Where trials are recorded: a journal in the run folder, or any Optuna storage URL."""
+
+    storage: str | None = None
+
+
+class Experiment(Section):
+    """One experiment, complete and checked."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    task: TaskSection
+    space: SpaceSection
+    device: DeviceSection = DeviceSection()
+    table: TableSection = TableSection()
+    teacher: TeacherSection = TeacherSection()
+    strategy: StrategySection = StrategySection()
+    reward: RewardSection = RewardSection()
+    budget: BudgetSection = BudgetSection()
+    search: SearchSection = SearchSection()
+    training: TrainingSection = TrainingSection()
+    finalists: FinalistsSection = FinalistsSection()
+    baselines: tuple[Literal["random", "uniform"], ...] = ("uniform",)
+    study: StudySection = StudySection()
+
+    def plain(self) -> dict[str, Any]:
+        """JSON-able form, as it is written to the run folder (no limit on seconds is null)."""
+        return _finite(self.model_dump(mode="python"))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same for a run to be resumed."""
+        plain = self.plain()
+        for section in ("name", "finalists", "baselines", "study", "table", "device"):
+            plain.pop(section)
+        plain["search"] = {"batch": self.search.batch}
+        return plain
+
+
+def load_experiment(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Experiment:
+    """Read a file (path or bundled name) or a dictionary, apply ``key=value`` overrides, and validate.
+
+    Raises:
+        ExperimentError: names the key, what was found and what is expected.
+        ContentError: there is no such experiment.
+    """
+    raw, origin = (source, "the experiment") if isinstance(source, dict) else _read(source)
+    raw = _copy(raw)
+    for override in overrides or []:
+        _set(raw, override)
+    try:
+        return Experiment.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, origin) from None
+
+
+def _read(source: str | Path) -> tuple[dict[str, Any], str]:
+    path = content.find("experiments", source)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ExperimentError(f"{path} is no valid YAML: {error}.") from error
+    if not isinstance(raw, dict):
+        raise ExperimentError(f"{path} holds {type(raw).__name__}.", expected="a mapping of keys")
+    raw.setdefault("name", path.stem)
+    return raw, str(path)
+
+
+def _copy(raw: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, dict) else value for key, value in raw.items()}
+
+
+def _set(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ExperimentError(f"--set {override!r}.", expected="key=value, such as strategy.kind=reinforce")
+    *parents, leaf = key.strip().split(".")
+    place = raw
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise ExperimentError(f"--set {key}: {parent!r} is a value, not a section.")
+    try:
+        place[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ExperimentError(f"--set {override!r} is no valid YAML value: {error}.") from error
+
+
+def _explain(error: ValidationError, origin: str) -> ExperimentError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("float", "str", "int", "literal")))
+    if first["type"] == "extra_forbidden":
+        model: Any = Experiment
+        for part in first["loc"][:-1]:
+            model = model.model_fields[part].annotation
+        return ExperimentError(f"Unknown key {key!r} in {origin}.", expected=f"one of {', '.join(model.model_fields)}")
+    if first["type"] == "missing":
+        return ExperimentError(f"Key {key!r} is missing in {origin}.", remedy=f"see {SCHEMA}")
+    return ExperimentError(f"{key or 'The file'} is {first['input']!r} in {origin}.", expected=first["msg"])
+
+
+def _finite(value: Any) -> Any:
+    """Without nulls and infinities, which are the defaults and which other readers of JSON refuse."""
+    if isinstance(value, dict):
+        kept = {key: _finite(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,420 @@
+"""The whole job: from an experiment to a measured student. Reads as the flow that docs/architecture.md draws.
+
+    task, space, device ─► table ─► teacher ─► budget ─► search (and its baselines)
+                                                             │
+            student ◄─ pack ◄─ test, once ◄─ measure ◄─ finalists: distil long, compress, export
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from nas import content
+from nas.controller import Budget, Counts, SearchController, best
+from nas.errors import BudgetError, ExperimentError, StudyError
+from nas.evaluators import Distil
+from nas.evaluators.train import Lessons, Recipe
+from nas.executors import Executor, Processes, Serial
+from nas.experiment import Experiment
+from nas.files import digest, write_atomic, write_json
+from nas.latency import AdditiveEstimator, Device, LatencyTable
+from nas.latency.measure import Timing
+from nas.latency.profile import describe
+from nas.locks import cache_dir, run_lock
+from nas.progress import Progress, Silent
+from nas.reward import Limit, Reward, rewards, violation
+from nas.settings import construct
+from nas.space import SearchSpace
+from nas.strategies import Domain, Strategy, strategies
+from nas.student.finalists import Entrant, Finalist, judge, measure_models, train_finalists
+from nas.student.tables import build_table, cached_path, find_table
+from nas.student.teacher import Teacher, family_teacher, own_teacher
+from nas.study import Study, Trial
+from nas.tasks import Task, tasks
+
+DISK_NEEDED = 200e6
+COSTS = ("latency_ms", "latency_p95_ms", "size_bytes")
+TEACHER_SECONDS = 3.0
+
+
+@dataclass
+class Outcome:
+    """All that a finished job knows; what manifest, summary and report are written from."""
+
+    trials: dict[str, list[Trial]]
+    counts: Counts
+    entrants: list[Entrant]
+    finalists: list[Finalist]
+    timings: dict[str, Timing]
+    winner: Finalist
+    seconds: float
+    warnings: list[str]
+
+
+@dataclass
+class Job:
+    """One experiment in one run folder.
+
+    Args:
+        experiment: validated.
+        run: folder of this run.
+        progress: hears what happens.
+    """
+
+    experiment: Experiment
+    run: Path
+    progress: Progress = field(default_factory=Silent)
+    warnings: list[str] = field(default_factory=list)
+
+    # ---- what the experiment names ------------------------------------------------------------
+
+    @cached_property
+    def task(self) -> Task:
+        """Data and metric."""
+        section = self.experiment.task
+        settings = {"seed": self.experiment.seed, **section.settings}
+        return construct(tasks.get(section.kind), settings, section.data, where="task")
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """The search space for that task."""
+        section = self.experiment.space
+        return content.load_space(section.name, self.task.info, section.settings)
+
+    @cached_property
+    def device(self) -> Device:
+        """This machine in the experiment's scenario."""
+        return Device.local(**self.experiment.device.model_dump())
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The short training."""
+        t = self.experiment.training
+        return Recipe(t.epochs, t.compressed_epochs, t.batch_size, t.lr, t.weight_decay, t.seconds)
+
+    @cached_property
+    def long_recipe(self) -> Recipe:
+        """The finalists' training."""
+        t, f = self.experiment.training, self.experiment.finalists
+        return Recipe(f.epochs, f.compressed_epochs, t.batch_size, t.lr, t.weight_decay, 20 * t.seconds)
+
+    @cached_property
+    def untaught(self) -> Distil:
+        """Trains without a teacher: for teachers themselves, and for exports whose weights do not matter."""
+        lessons = Lessons.prepare(self.task, None, self.experiment.training.views, self.experiment.seed)
+        return Distil(self.space, self.task, lessons, self.recipe, self.experiment.seed)
+
+    @property
+    def workers(self) -> int:
+        """Worker processes on this machine."""
+        asked = self.experiment.search.workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cores, self.experiment.search.batch) if asked == "auto" else asked
+
+    @contextmanager
+    def executor(self, shared: Any) -> Iterator[Executor]:
+        """Workers that share one object; one worker is a process too, so that results do not depend on how many."""
+        executor: Executor = Processes(shared, self.workers) if self.workers > 0 else Serial(shared)
+        with executor:
+            yield executor
+
+    # ---- the flow ----------------------------------------------------------------------------------
+
+    def table(self, executor: Executor) -> LatencyTable:
+        """The latency table: the run's own copy on a resume, else found, else built and cached."""
+        self.progress.stage("latency table")
+        kept = self.run / "table.json"
+        section = self.experiment.table
+        if kept.exists():
+            table = LatencyTable.load(kept)
+        else:
+            found = find_table(section.path, self.space, self.device, self.warn)
+            if found is None:
+                self.progress.note(f"no table for this device yet: measuring {len(self.space.keys())} parts")
+                found = build_table(
+                    self.untaught, self.device, executor,
+                    seconds=section.seconds, nets=section.nets, noise=section.noise, progress=self.progress.update,
+                )  # fmt: skip
+                found.save(cached_path(self.space, self.device))
+            table = found
+            table.save(kept)
+        self.progress.note(f"table {describe(table)}")
+        return table
+
+    def teacher(self, executor: Executor) -> Teacher:
+        """The teacher, from the machine's cache where it was trained before."""
+        self.progress.stage("teacher")
+        section = self.experiment.teacher
+        if section.model is not None and section.weights is not None:
+            teacher = own_teacher(section.model, section.weights, self.task, self.run / "teacher")
+        else:
+            recipe = Recipe(section.epochs, 0, self.recipe.batch_size, self.recipe.lr, self.recipe.weight_decay, math.inf)
+            teacher = family_teacher(
+                self.space, self.task, self.untaught, recipe, section.tolerance, self._teacher_cache(), executor
+            )
+        shutil.copyfile(teacher.onnx, self.run / "teacher.onnx")
+        self.progress.note(
+            f"teacher {self.task.metric} {teacher.quality:.4f} (validation), ladder "
+            + ", ".join(f"{q:.4f}" for q in teacher.ladder)
+        )
+        return teacher
+
+    def _teacher_cache(self) -> Path:
+        plain = self.experiment.plain()
+        facts = {key: plain[key] for key in ("seed", "task", "space", "teacher", "training")}
+        facts["data"] = self.task.fingerprint
+        return cache_dir() / "teachers" / digest(facts)[:16]
+
+    def limits(self, teacher: Teacher) -> tuple[tuple[Limit, ...], Timing]:
+        """Budgets in milliseconds and bytes, and the teacher's own measured latency they may refer to.
+
+        Kept in the run folder and beside the teacher, so that a resumed or repeated search has the same ones.
+        """
+        timing = self._teacher_timing(teacher)
+        budget = self.experiment.budget
+        limits = []
+        if budget.latency is not None:
+            p95 = budget.percentile == "p95"
+            whole = timing.p95 if p95 else timing.p50
+            limits.append(Limit("latency_p95_ms" if p95 else "latency_ms", _absolute(budget.latency, whole)))
+        if budget.size is not None:
+            limits.append(Limit("size_bytes", _absolute(budget.size, teacher.onnx.stat().st_size)))
+        return tuple(limits), timing
+
+    def _teacher_timing(self, teacher: Teacher) -> Timing:
+        import json
+
+        kept = self.run / "teacher_latency.json"
+        cached = teacher.onnx.with_name(f"latency-{self.device.fingerprint}.json")
+        if not kept.exists():
+            if not cached.exists():
+                self.progress.stage("timing the teacher")
+                timing = measure_models({"teacher": teacher.onnx}, self.device, TEACHER_SECONDS, self.progress.update)
+                write_json(cached, timing["teacher"].__dict__)
+            shutil.copyfile(cached, kept)
+        return Timing(**json.loads(kept.read_text()))
+
+    def reward(self, limits: tuple[Limit, ...], teacher: Timing) -> tuple[Reward, str]:
+        """R(α) and the cost that it reads."""
+        section = self.experiment.reward
+        cost = "latency_p95_ms" if self.experiment.budget.percentile == "p95" else "latency_ms"
+        budgets = {limit.cost: limit.limit for limit in limits}
+        half = (teacher.p95 if cost == "latency_p95_ms" else teacher.p50) / 2
+        target = section.target or budgets.get(cost, half)
+        return construct(rewards.get(section.kind), section.settings, target, where="reward"), cost
+
+    def check_budget(self, estimator: AdditiveEstimator, limits: tuple[Limit, ...]) -> float:
+        """Share of the space that meets the budget by prediction.
+
+        Raises:
+            BudgetError: nothing does; says what the lowest costs are.
+        """
+        genomes = self.space.sample(np.random.default_rng(0), 100_000)
+        corners = [self.space.encode(c) for c in (*self.space.uniform(), *self.space.ladder())]
+        costs = estimator.price(np.concatenate([genomes, np.array(corners)]))
+        share = float((violation(costs, estimator.costs, limits) == 0).mean())
+        if share == 0:
+            found = "; ".join(
+                f"{limit.cost} ≤ {limit.limit:.4g} asked, the lowest is {costs[:, COSTS.index(limit.cost)].min():.4g}"
+                for limit in limits
+            )
+            raise BudgetError(
+                f"Nothing in space {self.space.name!r} meets the budget: {found}.",
+                expected="a budget that at least one candidate meets",
+                remedy="raise budget.latency or budget.size, or offer smaller values in the space",
+            )
+        return share
+
+    def strategy(self, kind: str, settings: dict[str, Any], seed: int) -> Strategy:
+        """A strategy over this space's genes."""
+        ordered = np.array([choice.ordered for choice in self.space.choices])
+        domain = Domain(self.space.cardinalities, ordered, self.space.active)
+        return construct(strategies.get(kind), settings, domain, seed, where="strategy")
+
+    def search_arm(
+        self, arm: str, executor: Executor, estimator: AdditiveEstimator, limits: tuple[Limit, ...], reward: Reward, cost: str
+    ) -> tuple[list[Trial], Counts]:
+        """Run one search; ``random`` is the baseline with the same budget, screening and training."""
+        e = self.experiment
+        self.progress.stage("search" if arm == "search" else f"baseline: {arm} search")
+        kind, settings = (e.strategy.kind, e.strategy.settings) if arm == "search" else ("random", {})
+        storage = e.study.storage or self.run / "study.jsonl"
+        name = arm if e.study.storage is None else f"{e.name}-{self.run.name}-{arm}"
+        study = Study(storage, name, self.space, {**e.identity, "arm": arm, "limits": [vars(x) for x in limits]})
+        if study.repaired:
+            self.warn(study.repaired)
+        watch = _Watch(self.progress, e.search.trials)
+        controller = SearchController(
+            space=self.space,
+            strategy=self.strategy(kind, settings, e.seed if arm == "search" else e.seed + 10_000),
+            estimator=estimator,
+            executor=executor,
+            reward=reward,
+            limits=limits,
+            study=study,
+            budget=Budget(e.search.trials, e.search.seconds),
+            batch=e.search.batch,
+            reward_cost=cost,
+            on_trial=watch,
+        )
+        trials = controller.run()
+        if not best(trials, 1):
+            reasons = sorted({t.reason for t in trials if t.reason})
+            raise StudyError(
+                f"All {len(trials)} candidates failed: {'; '.join(reasons[:3])}.", remedy="look at the reasons, then --resume"
+            )
+        return trials, controller.counts
+
+    def entrants(
+        self, trials: dict[str, list[Trial]], estimator: AdditiveEstimator, limits: tuple[Limit, ...]
+    ) -> list[Entrant]:
+        """The best few of every arm, and the uniformly compressed member that fills the budget best."""
+        chosen = [
+            Entrant(arm, t.index, t.genome, t.quality, t.costs)
+            for arm, found in trials.items()
+            for t in best(found, self.experiment.finalists.count)
+        ]
+        if "uniform" in self.experiment.baselines:
+            members = np.array([self.space.encode(c) for c in self.space.uniform()])
+            costs = estimator.price(members)
+            feasible = np.flatnonzero(violation(costs, estimator.costs, limits) == 0)
+            if len(feasible):
+                i = int(feasible[np.argmax(costs[feasible, COSTS.index("latency_ms")])])
+                genome = tuple(int(g) for g in members[i])
+                chosen.append(Entrant("uniform", i, genome, None, dict(zip(estimator.costs, costs[i].tolist(), strict=True))))
+            else:
+                self.warn("no uniformly compressed member of the family meets the budget: that baseline is missing")
+        return chosen
+
+    def finalists(
+        self, entrants: list[Entrant], executor: Executor, reward: Reward, cost: str, limits: tuple[Limit, ...]
+    ) -> tuple[list[Finalist], dict[str, Timing]]:
+        """Distil long, export, and measure all of them and the teacher side by side."""
+        self.progress.stage("finalists")
+        folder = self.run / "finalists"
+        done: list[str] = []
+
+        def on_done(name: str) -> None:
+            done.append(name)
+            self.progress.update(len(done) / len(entrants), f"{name} trained")
+
+        facts = train_finalists(entrants, self.long_recipe, folder, executor, on_done)
+        for name, known in facts.items():
+            if "reason" in known:
+                self.warn(f"finalist {name} failed: {known['reason']}")
+        self.progress.stage("measuring")
+        models = {name: folder / name / "model.onnx" for name, known in facts.items() if "reason" not in known}
+        models["teacher"] = self.run / "teacher.onnx"
+        timings = measure_models(models, self.device, self.experiment.finalists.seconds, self.progress.update)
+        return judge(entrants, facts, timings, folder, reward, cost, limits), timings
+
+    def warn(self, text: str) -> None:
+        """Say it now and at the top of the result."""
+        self.warnings.append(text)
+        self.progress.note(text)
+
+
+class _Watch:
+    """Turns trials into progress."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total = progress, total
+        self.done, self.best = 0, -math.inf
+
+    def __call__(self, trial: Trial) -> None:
+        self.done += 1
+        if trial.violation == 0 and trial.reward > self.best:
+            self.best = trial.reward
+        so_far = f"best reward {self.best:.4f}" if math.isfinite(self.best) else "nothing yet"
+        self.progress.update(self.done / self.total, f"{self.done}/{self.total} candidates, {so_far}")
+
+
+def open_run(experiment: Experiment, run: Path, resume: bool) -> None:
+    """Make the run folder, or check that the one there may be gone on with.
+
+    Raises:
+        StudyError: it holds a run and ``resume`` was not asked for, or another experiment's run.
+        ExperimentError: too little disk.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(run).free
+    if free < DISK_NEEDED:
+        raise ExperimentError(
+            f"{free / 1e6:.0f} MB are free at {run}.", expected=f"{DISK_NEEDED / 1e6:.0f} MB", remedy="another --out"
+        )
+    kept = run / "experiment.yaml"
+    if kept.exists() and not resume:
+        raise StudyError(f"{run} holds a run already.", remedy="--resume to go on with it, or another folder with --out")
+    text = yaml.safe_dump(experiment.plain(), sort_keys=False)
+    if not kept.exists() or kept.read_text() != text:
+        write_atomic(kept, text)
+
+
+def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress: Progress | None = None) -> Path:
+    """Do the whole job; returns the student folder. Raises subclasses of NasError for what a user can mend."""
+    import time
+
+    from nas.result import deliver
+
+    start = time.monotonic()
+    torch.set_num_threads(1)
+    run.mkdir(parents=True, exist_ok=True)
+    with run_lock(run):
+        open_run(experiment, run, resume)
+        job = Job(experiment, run, progress or Silent())
+        with job.executor(job.untaught) as workers:
+            table = job.table(workers)
+            teacher = job.teacher(workers)
+        limits, teacher_timing = job.limits(teacher)
+        estimator = AdditiveEstimator(job.space, table, COSTS)
+        share = job.check_budget(estimator, limits)
+        job.progress.note(_budget_text(limits, share))
+        reward, cost = job.reward(limits, teacher_timing)
+        lessons = Lessons.prepare(job.task, teacher.module, experiment.training.views, experiment.seed)
+        student = Distil(job.space, job.task, lessons, job.recipe, experiment.seed)
+        with job.executor(student) as workers:
+            arms = ["search", *(["random"] if "random" in experiment.baselines else [])]
+            found = {arm: job.search_arm(arm, workers, estimator, limits, reward, cost) for arm in arms}
+            trials = {arm: trials for arm, (trials, _) in found.items()}
+            entrants = job.entrants(trials, estimator, limits)
+            finalists, timings = job.finalists(entrants, workers, reward, cost, limits)
+        winner = choose(finalists, job.warn)
+        outcome = Outcome(
+            trials, found["search"][1], entrants, finalists, timings, winner, time.monotonic() - start, job.warnings
+        )
+        return deliver(job, student, teacher, table, limits, reward, outcome)
+
+
+def choose(finalists: list[Finalist], warn: Any) -> Finalist:
+    """The search's finalist of highest measured reward among those that meet the budget as measured.
+
+    Raises:
+        StudyError: no finalist of the search could be trained.
+    """
+    own = [f for f in finalists if f.entrant.arm == "search"]
+    if not own:
+        raise StudyError("Every finalist failed in its long training.", remedy="see finalists/*/facts.json, then --resume")
+    if not own[0].feasible:
+        warn(f"no finalist meets the budget as measured; the closest misses it by {100 * own[0].violation:.1f} %")
+    return own[0]
+
+
+def _absolute(value: float | str, whole: float) -> float:
+    return float(value[:-1]) / 100 * whole if isinstance(value, str) else value
+
+
+def _budget_text(limits: tuple[Limit, ...], share: float) -> str:
+    wanted = ", ".join(f"{limit.cost} ≤ {limit.limit:.4g}" for limit in limits) or "none"
+    return f"budget {wanted}; {100 * share:.1f} % of the space meets it by prediction"

@@ -1,0 +1,230 @@
+"""Writing the result down: manifest, student folder, test data, summary and report. The only reader of test data."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import torch
+
+from nas.evaluators import Distil
+from nas.evaluators.train import predict
+from nas.files import write_atomic, write_json
+from nas.latency import LatencyTable
+from nas.latency.fit import spearman
+from nas.reward import Limit, Reward
+from nas.space import SearchSpace
+from nas.student.export import INPUT, onnx_macs_params
+from nas.student.finalists import Finalist
+from nas.student.package import load_model, operators, pack, versions
+from nas.student.teacher import Teacher, onnx_logits
+from nas.study import Trial
+from nas.tasks import Task
+
+if TYPE_CHECKING:
+    from nas.job import Job, Outcome
+
+SCHEMA_VERSION = 1
+
+
+def deliver(
+    job: Job, student: Distil, teacher: Teacher, table: LatencyTable, limits: tuple[Limit, ...], reward: Reward, outcome: Outcome
+) -> Path:
+    """Read the test split, once, and write everything a user gets; returns the student folder."""
+    from nas.report import write_report
+
+    job.progress.stage("student")
+    x, y = job.task.split("test")
+    _write_test(job.run / "test.npz", x, y)
+    quality = _test_qualities(job, outcome, x, y.numpy())
+    model = load_model(student, outcome.winner)
+    quality["student_torch"] = _quality(job.task, predict(model, x), y.numpy())
+    rows = _rows(job, teacher, outcome, quality)
+    manifest = _manifest(job, teacher, table, outcome, quality, rows, len(y))
+    folder = job.run / "student"
+    pack(folder, student, outcome.winner, manifest)
+    write_json(job.run / "summary.json", _summary(job, table, limits, reward, outcome, rows))
+    write_report(job.run)
+    return folder
+
+
+def _write_test(path: Path, x: torch.Tensor, y: torch.Tensor) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, x=x.numpy(), y=y.numpy())
+    write_atomic(path, buffer.getvalue())
+
+
+def _quality(task: Task, logits: Any, y: Any) -> float:
+    return task.evaluate(logits, y)[task.metric]
+
+
+def _champions(outcome: Outcome) -> dict[str, Finalist]:
+    """The best measured finalist of every arm; the search's is the student."""
+    champions: dict[str, Finalist] = {}
+    for finalist in outcome.finalists:
+        champions.setdefault(finalist.entrant.arm, finalist)
+    champions["search"] = outcome.winner
+    return champions
+
+
+def _test_qualities(job: Job, outcome: Outcome, x: torch.Tensor, y: Any) -> dict[str, float]:
+    found = {"teacher": _quality(job.task, onnx_logits(job.run / "teacher.onnx", x), y)}
+    for arm, finalist in _champions(outcome).items():
+        found[arm] = _quality(job.task, onnx_logits(finalist.folder / "model.onnx", x), y)
+    return found
+
+
+LABELS = {
+    "random": "random search, equal budget",
+    "uniform": "teacher uniformly compressed",
+    "search": "student",
+}
+
+
+def _rows(job: Job, teacher: Teacher, outcome: Outcome, quality: dict[str, float]) -> list[dict[str, Any]]:
+    exported = onnx.load(job.run / "teacher.onnx")
+    macs, params = onnx_macs_params(exported)
+    timing = outcome.timings["teacher"]
+    rows = [
+        {
+            "name": "teacher", "label": "teacher (fp32)", "quality": quality["teacher"], "quality_valid": teacher.quality,
+            "predicted_ms": None, "p50_ms": timing.p50, "p95_ms": timing.p95,
+            "size_bytes": (job.run / "teacher.onnx").stat().st_size, "macs": macs, "params": params,
+        }
+    ]  # fmt: skip
+    champions = _champions(outcome)
+    for arm in ("random", "uniform", "search"):
+        if arm not in champions:
+            continue
+        f = champions[arm]
+        rows.append(
+            {
+                "name": "student" if arm == "search" else arm, "label": LABELS[arm], "quality": quality[arm],
+                "quality_valid": f.quality_onnx, "predicted_ms": f.entrant.costs["latency_ms"], "p50_ms": f.timing.p50,
+                "p95_ms": f.timing.p95, "size_bytes": f.size_bytes, "macs": f.macs, "params": f.params,
+                "reward": f.reward, "violation": f.violation,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def rank_correlation(outcome: Outcome) -> float | None:
+    """Spearman of the quality that the search saw with the finalists' ONNX quality; unknown below three."""
+    pairs = [(f.entrant.quality_search, f.quality_onnx) for f in outcome.finalists if f.entrant.quality_search is not None]
+    if len(pairs) < 3:
+        return None
+    return spearman([a for a, _ in pairs if a is not None], [b for _, b in pairs])
+
+
+def _manifest(
+    job: Job,
+    teacher: Teacher,
+    table: LatencyTable,
+    outcome: Outcome,
+    quality: dict[str, float],
+    rows: list[dict[str, Any]],
+    n: int,
+) -> dict[str, Any]:
+    winner, info = outcome.winner, job.task.info
+    by_name = {row["name"]: row for row in rows}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": job.experiment.name,
+        "task": {
+            "kind": job.experiment.task.kind, "data": job.experiment.task.data, "fingerprint": job.task.fingerprint,
+            "classes": list(job.task.classes),
+        },
+        "candidate": job.space.decode(winner.entrant.genome).as_dict(),
+        "seed": job.experiment.seed,
+        "quality": {
+            "metric": job.task.metric, "teacher": quality["teacher"], "student_torch": quality["student_torch"],
+            "student_onnx": quality["search"], "split": "test", "n": n,
+        },
+        "latency": [
+            {
+                "device": job.device.name, "fingerprint": job.device.fingerprint,
+                "predicted_ms": winner.entrant.costs["latency_ms"], "p50_ms": winner.timing.p50,
+                "p95_ms": winner.timing.p95, "noise": winner.timing.noise,
+                "teacher_p50_ms": outcome.timings["teacher"].p50, "threads": job.device.threads, "batch": job.device.batch,
+            }
+        ],
+        "size_bytes": {"onnx": winner.size_bytes, "teacher_onnx": by_name["teacher"]["size_bytes"]},
+        "macs": winner.macs,
+        "params": winner.params,
+        "parity": {"max_abs_diff": winner.max_abs_diff, "agreement": winner.agreement},
+        "search": {
+            "strategy": job.experiment.strategy.kind, "evaluated": len(outcome.trials["search"]),
+            "failed": sum(t.status != "complete" for t in outcome.trials["search"]), "seconds": outcome.seconds,
+            "rank_correlation": rank_correlation(outcome),
+        },
+        "table": {
+            "name": table.name, "sha256": table.sha256, "error": asdict(table.errors["latency_ms"]), "noise": table.noise,
+        },
+        "baselines": {
+            name: {key: by_name[name][key] for key in ("quality", "p50_ms", "size_bytes", "reward")}
+            for name in ("random", "uniform") if name in by_name
+        },
+        "versions": versions(),
+        "input": {
+            "name": INPUT, "shape": ["batch", *info.input_shape], "dtype": "float32", "range": list(info.value_range),
+        },
+        "onnx": operators(winner.folder / "model.onnx"),
+    }  # fmt: skip
+
+
+def _summary(
+    job: Job, table: LatencyTable, limits: tuple[Limit, ...], reward: Reward, outcome: Outcome, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": job.experiment.name,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": job.experiment.seed,
+        "seconds": outcome.seconds,
+        "warnings": outcome.warnings,
+        "quality_metric": job.task.metric,
+        "rows": rows,
+        "trials": [_trial(job.space, t) for t in outcome.trials["search"]],
+        "baseline_trials": {arm: [_trial(job.space, t) for t in ts] for arm, ts in outcome.trials.items() if arm != "search"},
+        "finalists": [_finalist(job.space, f, outcome) for f in outcome.finalists],
+        "limits": [{"cost": limit.cost, "limit": limit.limit} for limit in limits],
+        "reward": {"kind": job.experiment.reward.kind, "target": reward.target},
+        "table": {
+            "name": table.name, "device": table.device["name"], "entries": len(table.entries), "sha256": table.sha256,
+            "noise": table.noise, "error": asdict(table.errors["latency_ms"]), "nets": table.nets,
+        },
+        "rank_correlation": rank_correlation(outcome),
+        "screened": {
+            "asked": outcome.counts.asked, "infeasible": outcome.counts.infeasible, "duplicates": outcome.counts.duplicates,
+        },
+        "student_dir": str(job.run / "student"),
+    }  # fmt: skip
+
+
+def _trial(space: SearchSpace, trial: Trial) -> dict[str, Any]:
+    return {
+        "index": trial.index, "status": trial.status, "candidate": space.decode(trial.genome).as_dict(),
+        "quality": _known(trial.quality), "reward": _known(trial.reward), "latency_ms": trial.costs["latency_ms"],
+        "size_bytes": trial.costs["size_bytes"], "violation": trial.violation, "reason": trial.reason,
+        "seconds": trial.seconds,
+    }  # fmt: skip
+
+
+def _finalist(space: SearchSpace, f: Finalist, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "index": f.entrant.index, "arm": f.entrant.arm, "candidate": space.decode(f.entrant.genome).as_dict(),
+        "quality_search": f.entrant.quality_search, "quality_valid": f.quality_onnx,
+        "predicted_ms": f.entrant.costs["latency_ms"], "p50_ms": f.timing.p50, "p95_ms": f.timing.p95,
+        "noise": f.timing.noise, "size_bytes": f.size_bytes, "reward": f.reward, "violation": f.violation,
+        "winner": f is outcome.winner,
+    }  # fmt: skip
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None

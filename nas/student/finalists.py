@@ -1,0 +1,185 @@
+"""Finalists: distilled long, compressed for real, exported, verified, and measured end to end side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from safetensors.torch import save_file
+
+from nas.evaluators import Distil
+from nas.evaluators.train import Recipe, predict
+from nas.executors import Executor
+from nas.files import write_atomic, write_json
+from nas.latency import Device
+from nas.latency.measure import Progress, Timing, interleave
+from nas.latency.profile import load_yardstick
+from nas.latency.runtimes import runtimes
+from nas.locks import timing_lock, training_lock
+from nas.reward import Limit, Reward, violation
+from nas.space import Genomes
+from nas.student.export import onnx_macs_params, to_onnx
+from nas.student.teacher import onnx_logits
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A candidate chosen for the long training.
+
+    Attributes:
+        arm: search, random or uniform.
+        index: its number in that arm.
+        quality_search: as the search saw it, NaN-free; nothing for arms without a search.
+        costs: predicted, by name.
+    """
+
+    arm: str
+    index: int
+    genome: tuple[int, ...]
+    quality_search: float | None
+    costs: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """Folder name, unique within a run."""
+        return f"{self.arm}-{self.index}"
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """What became of an entrant: real files, real qualities, and the measurement.
+
+    Attributes:
+        folder: holds ``model.onnx`` and ``state.safetensors``.
+        quality_torch, quality_onnx: on validation data.
+        timing: measured end to end; ``reward`` and ``violation`` follow from it.
+    """
+
+    entrant: Entrant
+    folder: Path
+    quality_torch: float
+    quality_onnx: float
+    max_abs_diff: float
+    agreement: float
+    size_bytes: int
+    macs: int
+    params: int
+    timing: Timing
+    reward: float
+    violation: float
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it meets every budget as measured."""
+        return self.violation == 0
+
+
+def train_finalists(
+    entrants: Sequence[Entrant], recipe: Recipe, folder: Path, executor: Executor, on_done: Any = None
+) -> dict[str, dict[str, Any]]:
+    """Train and export all entrants; returns name → facts. What a former run finished is not repeated.
+
+    An entrant that fails has a ``reason`` and no qualities.
+    """
+    todo = [e for e in entrants if not (folder / e.name / "facts.json").exists()]
+    items = [(np.array(e.genome), recipe, folder / e.name) for e in todo]
+    for position, result in executor.run(realise, items):
+        if isinstance(result, Exception):
+            write_json(folder / todo[position].name / "facts.json", {"reason": str(result)})
+        if on_done is not None:
+            on_done(todo[position].name)
+    return {e.name: json.loads((folder / e.name / "facts.json").read_text()) for e in entrants}
+
+
+def realise(student: Distil, item: tuple[Genomes, Recipe, Path]) -> None:
+    """Train one genome long, export it, verify torch against ONNX on validation data; writes into the folder."""
+    genome, recipe, folder = item
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with training_lock():
+            facts = _realise(student, genome, recipe, folder)
+    except Exception as error:
+        facts = {"reason": f"{type(error).__name__}: {error}"}
+    write_json(folder / "facts.json", facts)
+
+
+def _realise(student: Distil, genome: Genomes, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    model = student.fit(genome, recipe)
+    plan = student.space.training(student.space.decode(genome)).compression
+    train_x = student.task.split("train")[0]
+    calibration = train_x[:: max(1, len(train_x) // 512)].numpy()
+    exported = to_onnx(model, plan, train_x[:1], calibration)
+    onnx.checker.check_model(exported)
+    write_atomic(folder / "model.onnx", exported.SerializeToString())
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "state.safetensors")
+    x, y = student.task.split("valid")
+    in_torch, in_onnx = predict(model, x), onnx_logits(folder / "model.onnx", x)
+    macs, params = onnx_macs_params(exported)
+    metric = student.task.metric
+    return {
+        "quality_torch": student.task.evaluate(in_torch, y.numpy())[metric],
+        "quality_onnx": student.task.evaluate(in_onnx, y.numpy())[metric],
+        "max_abs_diff": float(np.abs(in_torch - in_onnx).max()),
+        "agreement": float((in_torch.argmax(1) == in_onnx.argmax(1)).mean()),
+        "size_bytes": (folder / "model.onnx").stat().st_size,
+        "macs": macs,
+        "params": params,
+    }
+
+
+def measure_models(
+    models: Mapping[str, Path], device: Device, seconds: float, progress: Progress | None = None
+) -> dict[str, Timing]:
+    """Measure exported models end to end, interleaved, with nothing of ours training beside them."""
+    runtime = runtimes.get(device.runtime)()
+    runners = {
+        name: runtime.load(onnx.load(path), threads=device.threads, batch=device.batch) for name, path in models.items()
+    }
+    with timing_lock():
+        seen = interleave(
+            runners, load_yardstick(device), seconds=seconds, max_rounds=2000, calls=10, progress=progress
+        )
+    return {name: samples.timing() for name, samples in seen.samples.items()}
+
+
+def judge(
+    entrants: Sequence[Entrant],
+    facts: Mapping[str, Mapping[str, Any]],
+    timings: Mapping[str, Timing],
+    folder: Path,
+    reward: Reward,
+    reward_cost: str,
+    limits: tuple[Limit, ...],
+) -> list[Finalist]:
+    """Finalists with measured rewards, best first: feasible ones before others, failed ones left out."""
+    finalists = []
+    for entrant in entrants:
+        known = facts[entrant.name]
+        if "reason" in known:
+            continue
+        timing = timings[entrant.name]
+        costs = {"latency_ms": timing.p50, "latency_p95_ms": timing.p95, "size_bytes": float(known["size_bytes"])}
+        names = tuple(costs)
+        finalists.append(
+            Finalist(
+                entrant=entrant,
+                folder=folder / entrant.name,
+                timing=timing,
+                reward=float(reward(known["quality_onnx"], costs[reward_cost])),
+                violation=float(violation([list(costs.values())], names, limits)[0]),
+                **known,
+            )
+        )
+    return sorted(finalists, key=lambda f: (f.violation, -f.reward, f.entrant.index))
+
+
+def as_dict(finalist: Finalist) -> dict[str, Any]:
+    """Plain form of the measurement, for the run folder."""
+    return {**asdict(finalist.timing), "reward": finalist.reward, "violation": finalist.violation}
+
+
