@@ -132,7 +132,7 @@ class TrainingSection(Section):
     epochs: int = Field(8, ge=1)
     compressed_epochs: int = Field(3, ge=1)
     batch_size: int = Field(64, ge=2)
-    lr: float = Field(4e-3, gt=0)
+    lr: float = Field(1e-2, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
     views: int = Field(4, ge=1)
     seconds: float = Field(600.0, gt=0)

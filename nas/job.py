@@ -418,3 +418,20 @@ def _absolute(value: float | str, whole: float) -> float:
 def _budget_text(limits: tuple[Limit, ...], share: float) -> str:
     wanted = ", ".join(f"{limit.cost} ≤ {limit.limit:.4g}" for limit in limits) or "none"
     return f"budget {wanted}; {100 * share:.1f} % of the space meets it by prediction"
+
+
+def build_only(experiment: Experiment, out: Path | None, progress: Progress) -> Path:
+    """Profile the experiment's space on its device, now; returns the table's file."""
+    torch.set_num_threads(1)
+    job = Job(experiment, Path("."), progress)
+    section = experiment.table
+    path = out or cached_path(job.space, job.device)
+    progress.stage("latency table")
+    with job.executor(job.untaught) as workers:
+        table = build_table(
+            job.untaught, job.device, workers,
+            seconds=section.seconds, nets=section.nets, noise=section.noise, progress=progress.update,
+        )  # fmt: skip
+    table.save(path)
+    progress.note(describe(table))
+    return path

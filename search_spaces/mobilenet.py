@@ -7,7 +7,7 @@ the share of each bottleneck's hidden channels that is pruned after training, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -270,24 +270,26 @@ class MobileNet(SearchSpace):
             elif choice.name in ("kd_weight", "temperature"):
                 values[choice.name] = choice.values[len(choice.values) // 2]
             else:
-                values[choice.name] = choice.values[round(level * (len(choice.values) - 1))]
+                values[choice.name] = choice.values[int(level * (len(choice.values) - 1) + 0.5)]
         return Candidate(values)
 
     def _values(self, suffix: str) -> tuple[Any, ...]:
         return self.choices[self.position[f"stage0.{suffix}"]].values
 
     def ladder(self) -> list[Candidate]:
-        """Plain fp32 members at rising uniform levels of every size choice, duplicates left out."""
-        plain = [self._uniform(level, max(self._values("bits")), min(self._values("prune"))) for level in (0, 0.34, 0.67, 1)]
-        unique = {tuple(c.as_dict().items()): c for c in plain}
-        return list(unique.values())
+        """The plain fp32 members with every size choice at its smallest, middle and largest value."""
+        bits, prune = max(self._values("bits")), min(self._values("prune"))
+        return _distinct(self._uniform(level, bits, prune) for level in (0.0, 0.5, 1.0))
 
     def uniform(self) -> list[Candidate]:
         """Every uniform level with the fewest bits, pruned or not: the teacher shrunk without a search."""
-        levels = sorted({i / 12 for i in range(13)})
-        members = [self._uniform(v, min(self._values("bits")), p) for v in levels for p in self._values("prune")]
-        unique = {tuple(c.as_dict().items()): c for c in members}
-        return list(unique.values())
+        bits = min(self._values("bits"))
+        levels = [i / 12 for i in range(13)]
+        return _distinct(self._uniform(level, bits, prune) for level in levels for prune in self._values("prune"))
+
+
+def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
+    return list({tuple(c.as_dict().items()): c for c in candidates}.values())
 
 
 def _check(

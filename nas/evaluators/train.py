@@ -34,7 +34,7 @@ class Recipe:
     epochs: int
     compressed_epochs: int
     batch_size: int = 64
-    lr: float = 4e-3
+    lr: float = 1e-2
     weight_decay: float = 1e-2
     seconds: float = 600.0
 

@@ -1,0 +1,124 @@
+"""What a search would do, said without doing it: keys, feasible candidates, and time."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nas.evaluators.train import Recipe
+from nas.experiment import Experiment
+from nas.job import COSTS, Job
+from nas.latency import AdditiveEstimator
+from nas.reward import Limit, violation
+from nas.space import Candidate
+from nas.student.tables import find_table
+
+EXPORT_SECONDS = 1.0
+SAMPLES = 20_000
+
+
+def forecast(experiment: Experiment) -> list[str]:
+    """Lines for people. Writes nothing; times a few training steps of a typical candidate.
+
+    Raises:
+        NasError: everything that the search itself would refuse at once.
+    """
+    torch.set_num_threads(1)
+    job = Job(experiment, Path("."))
+    job.reward((), _unknown_timing())
+    job.strategy(experiment.strategy.kind, experiment.strategy.settings, experiment.seed)
+    space = job.space
+    lines = [
+        f"task {experiment.task.data}: " + ", ".join(f"{len(job.task.split(s)[1])} {s}" for s in ("train", "valid")),
+        f"space {space.name}: {len(space.choices)} choices, {space.size:,} genomes, {len(space.keys())} distinct parts",
+        f"device {job.device.name}, {job.workers} workers",
+    ]
+    table_lines, table_seconds, typical = _table(job)
+    step = _seconds_per_step(job, typical)
+    largest = _seconds_per_step(job, space.ladder()[-1])
+    seconds = table_seconds + _training_seconds(job, step, largest)
+    arms = 1 + ("random" in experiment.baselines)
+    lines += table_lines
+    lines.append(f"{arms} × {experiment.search.trials} candidates to train, about {step * _steps(job, job.recipe):.1f} s each")
+    lines.append(f"about {seconds / 60:.1f} minutes in all (a cached teacher or table takes its share away)")
+    return lines
+
+
+def _table(job: Job) -> tuple[list[str], float, Candidate]:
+    """Lines, seconds that a table would take, and a typical candidate."""
+    notes: list[str] = []
+    table = find_table(job.experiment.table.path, job.space, job.device, notes.append)
+    rng = np.random.default_rng(0)
+    genomes = job.space.sample(rng, SAMPLES)
+    if table is None:
+        section = job.experiment.table
+        seconds = section.seconds + section.nets * EXPORT_SECONDS / job.workers + 0.02 * len(job.space.keys())
+        line = f"no table for this device: building one takes about {seconds:.0f} s; then it is known what is feasible"
+        return [*notes, line], seconds, job.space.decode(genomes[0])
+    estimator = AdditiveEstimator(job.space, table, COSTS)
+    costs = estimator.price(genomes)
+    limits, assumed = _limits(job, estimator)
+    feasible = violation(costs, COSTS, limits) == 0
+    lines = [*notes, f"table {table.name} ({len(table.entries)} parts)"]
+    lines.append(f"{100 * feasible.mean():.1f} % of the space, about {feasible.mean() * job.space.size:,.0f} genomes, meets the budget{assumed}")
+    if not feasible.any():
+        job.check_budget(estimator, limits)
+    among = np.flatnonzero(feasible) if feasible.any() else np.arange(len(genomes))
+    middle = among[np.argsort(costs[among, 0])[len(among) // 2]]
+    return lines, 0.0, job.space.decode(genomes[middle])
+
+
+def _limits(job: Job, estimator: AdditiveEstimator) -> tuple[tuple[Limit, ...], str]:
+    """Budgets; shares of a teacher that is not trained yet are taken of the family's second largest member."""
+    budget = job.experiment.budget
+    ladder = job.space.ladder()
+    whole = estimator.price(job.space.encode(ladder[max(0, len(ladder) - 2)]))[0]
+    wanted = {
+        "latency_p95_ms" if budget.percentile == "p95" else "latency_ms": budget.latency,
+        "size_bytes": budget.size,
+    }
+    limits, relative = [], False
+    for cost, value in wanted.items():
+        if isinstance(value, str):
+            limits.append(Limit(cost, float(value[:-1]) / 100 * float(whole[COSTS.index(cost)])))
+            relative = True
+        elif value is not None:
+            limits.append(Limit(cost, value))
+    return tuple(limits), " (of a teacher of the usual size; it is not measured yet)" if relative else ""
+
+
+def _steps(job: Job, recipe: Recipe) -> int:
+    return recipe.epochs * (len(job.task.split("train")[1]) // recipe.batch_size)
+
+
+def _seconds_per_step(job: Job, candidate: Candidate) -> float:
+    from nas.evaluators.train import train
+
+    steps = 3
+    size = steps * job.recipe.batch_size
+    lessons = job.untaught.lessons
+    few = type(lessons)(lessons.x[:1, :size], lessons.y[:size], None)
+    model = job.space.build(candidate)
+    recipe = Recipe(1, 0, job.recipe.batch_size)
+    train(model, job.task, few, type(job.space.training(candidate))(), recipe, 0)
+    start = time.perf_counter()
+    train(model, job.task, few, type(job.space.training(candidate))(), recipe, 0)
+    return (time.perf_counter() - start) / min(steps, max(1, len(few.y) // recipe.batch_size))
+
+
+def _training_seconds(job: Job, step: float, largest: float) -> float:
+    e = job.experiment
+    teacher = 2 * largest * e.teacher.epochs * (len(job.task.split("train")[1]) // job.recipe.batch_size)
+    arms = 1 + ("random" in e.baselines)
+    finalists = arms * e.finalists.count + ("uniform" in e.baselines)
+    trained = arms * e.search.trials * step * _steps(job, job.recipe) + finalists * step * _steps(job, job.long_recipe)
+    return (teacher + trained) / job.workers + e.finalists.seconds + 15
+
+
+def _unknown_timing():  # type: ignore[no-untyped-def]
+    from nas.latency.measure import Timing
+
+    return Timing(1.0, 1.0, 1.0, 1, 0.0)

@@ -1,0 +1,146 @@
+"""A tiny but complete search space, and small tools that several test modules use."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nas.latency import AdditiveEstimator
+from nas.parts import Boundary, Conv, GlobalAveragePool, Normalize, Part
+from nas.reward import Limit
+from nas.space import Candidate, Choice, Genomes, SearchSpace, TaskInfo, Training
+from nas.strategies import Domain
+from nas.study import Trial
+from nas.testing import synthetic_table
+
+IMAGES = TaskInfo((1, 8, 8), 10, (0.4,), (0.25,), (0.0, 1.0))
+
+
+class Unit(nn.Sequential):
+    """Convolution, normalisation, ReLU6."""
+
+    def __init__(self, cin: int, cout: int, kernel: int) -> None:
+        super().__init__()
+        self.add_module("conv", nn.Conv2d(cin, cout, kernel, padding=kernel // 2, bias=False))
+        self.add_module("norm", nn.BatchNorm2d(cout))
+        self.add_module("act", nn.ReLU6())
+
+
+class TinyModel(nn.Module):
+    """Two or three convolutions, pooled: raw images → logits."""
+
+    def __init__(self, task: TaskInfo, width: int, kernel: int | None) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(task.mean).view(1, -1, 1, 1))
+        self.register_buffer("scale", 1.0 / torch.tensor(task.std).view(1, -1, 1, 1))
+        self.stem = Unit(task.input_shape[0], width, 3)
+        self.body = nn.Identity() if kernel is None else Unit(width, width, kernel)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Conv2d(width, task.classes, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (x - self.mean) * self.scale
+        return self.head(self.pool(self.body(self.stem(x)))).flatten(1)
+
+
+class TinySpace(SearchSpace):
+    """128 genomes: the kernel is dormant at depth 1, the temperature without distillation, ``fixed`` always."""
+
+    name = "tiny"
+
+    def __init__(self, task: TaskInfo = IMAGES) -> None:
+        self.task = task
+        self.choices = (
+            Choice("depth", (1, 2)),
+            Choice("width", (8, 16)),
+            Choice("kernel", (3, 5)),
+            Choice("bits", (32, 8)),
+            Choice("prune", (0.0, 0.5)),
+            Choice("fixed", ("only",)),
+            Choice("kd_weight", (0.0, 0.5)),
+            Choice("temperature", (2.0, 4.0)),
+        )
+        self.sites = {"input": self._input, "stem": self._stem, "body": self._body, "head": self._head}
+        self.recipe = (type(self), (task,))
+
+    def _precision(self, c: Candidate) -> str:
+        return "int8" if c["bits"] == 8 else "fp32"
+
+    def _kept(self, c: Candidate) -> int:
+        width = int(c["width"])
+        return max(8, round(width * (1 - float(c["prune"]))))
+
+    def _input(self, c: Candidate) -> list[Part]:
+        parts = [Part((Normalize(),), self.task.input_shape)]
+        if self._precision(c) == "int8":
+            parts.append(Part((Boundary("quantize"),), self.task.input_shape, "boundary"))
+        return parts
+
+    def _stem(self, c: Candidate) -> Part:
+        return Part((Conv(self._kept(c), 3, activation="relu6"),), self.task.input_shape, self._precision(c))
+
+    def _body(self, c: Candidate) -> Part | None:
+        if c["depth"] == 1:
+            return None
+        conv = Conv(int(c["width"]), int(c["kernel"]), activation="relu6")
+        return Part((conv,), (self._kept(c), *self.task.input_shape[1:]), self._precision(c))
+
+    def _head(self, c: Candidate) -> list[Part]:
+        channels = self._kept(c) if c["depth"] == 1 else int(c["width"])
+        head = (GlobalAveragePool(), Conv(self.task.classes, 1))
+        parts = [Part(head, (channels, *self.task.input_shape[1:]), self._precision(c))]
+        if self._precision(c) == "int8":
+            parts.append(Part((Boundary("dequantize"),), (self.task.classes, 1, 1), "boundary"))
+        return parts
+
+    def build(self, candidate: Candidate) -> nn.Module:
+        kernel = int(candidate["kernel"]) if candidate["depth"] == 2 else None
+        return TinyModel(self.task, int(candidate["width"]), kernel)
+
+    def training(self, candidate: Candidate) -> Training:
+        c = candidate
+        compression: dict[str, dict[str, Any]] = {}
+        if self._kept(c) < int(c["width"]):
+            compression["channel_prune"] = {"stem.conv": self._kept(c)}
+        if c["bits"] == 8:
+            layers = ["stem.conv", *(["body.conv"] if c["depth"] == 2 else []), "head"]
+            compression["quantize"] = dict.fromkeys(layers, 8)
+        weight = float(c["kd_weight"])
+        return Training(weight, float(c["temperature"]) if weight else 1.0, compression)
+
+
+def tiny_quality(genome: Genomes) -> float:
+    """A made-up accuracy of a TinySpace genome; better where it is larger, so that latency binds."""
+    depth, width, kernel, bits, prune, _, kd, temperature = (int(g) for g in genome)
+    body = 0.06 + 0.03 * kernel if depth else 0.0
+    return 0.6 + body + 0.1 * width - 0.02 * bits - 0.05 * prune * width + kd * (0.02 + 0.01 * temperature)
+
+
+def domain_of(space: SearchSpace) -> Domain:
+    return Domain(space.cardinalities, np.array([c.ordered for c in space.choices]), space.active)
+
+
+def tiny_estimator(space: SearchSpace, seed: int = 0) -> AdditiveEstimator:
+    return AdditiveEstimator(space, synthetic_table(space, seed))
+
+
+def latency_limit(estimator: AdditiveEstimator, share: float) -> Limit:
+    """A budget that about ``share`` of the space meets."""
+    genomes = estimator.space.sample(np.random.default_rng(99), 2000)
+    return Limit("latency_ms", float(np.quantile(estimator.price(genomes)[:, 0], share)))
+
+
+def plain(trials: list[Trial]) -> list[str]:
+    """Comparable form, NaN included: everything about a trial but the seconds it took."""
+    return [repr(dataclasses.replace(trial, seconds=0.0)) for trial in trials]
+
+
+def snippet(tmp_path: Path, text: str, name: str = "snippet.py") -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
