@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -25,8 +25,8 @@ class Bar:
 
     def __init__(self) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), TextColumn("{task.fields[message]}"), console=console,
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[message]}"), console=console,
         )  # fmt: skip
         self.task = self.progress.add_task("starting", total=1.0, message="")
 
@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 
     search = commands.add_parser("search", parents=[common], help="search, and return a measured student")
     search.add_argument("experiment", help="file or bundled name (see `nas list experiments`)")
-    search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the experiment")
+    search.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the experiment"
+    )
     search.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
     search.add_argument("--resume", action="store_true", help="go on where a run stopped; starts where there is none")
     search.add_argument("--dry-run", action="store_true", help="say what would be done, and how long it would take")
@@ -194,7 +196,7 @@ def _registries() -> dict[str, list[str]]:
     from nas.strategies import strategies
     from nas.tasks import tasks
 
-    found = {
+    found: dict[str, Iterable[str]] = {
         "tasks": tasks, "strategies": strategies, "rewards": rewards, "passes": passes, "evaluators": evaluators,
         "runtimes": runtimes,
     }  # fmt: skip
@@ -203,5 +205,3 @@ def _registries() -> dict[str, list[str]]:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-

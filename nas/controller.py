@@ -86,8 +86,8 @@ class SearchController:
         self._quality: dict[str, float] = {}
         self._told = 0
         trials: list[Trial] = []
-        start = time.monotonic() - sum(trial.seconds for trial in self._recorded.values())
-        while len(trials) < self.budget.trials and time.monotonic() - start < self.budget.seconds:
+        self._start = time.monotonic() - max((trial.elapsed for trial in self._recorded.values()), default=0.0)
+        while len(trials) < self.budget.trials and time.monotonic() - self._start < self.budget.seconds:
             proposals = self._propose(min(self.batch, self.budget.trials - len(trials)))
             if not len(proposals.index):
                 break
@@ -136,7 +136,8 @@ class SearchController:
         lowest = self.estimator.price(genomes).min(axis=0)
         found = {limit.cost: lowest[self.estimator.costs.index(limit.cost)] for limit in self.limits}
         return "; ".join(
-            f"{limit.cost} {limit.limit:.4g} asked, lowest in the space {found[limit.cost]:.4g}" for limit in self.limits
+            f"{limit.cost} {limit.limit:.4g} asked, lowest in the space {found[limit.cost]:.4g}"
+            for limit in self.limits
         )
 
     def _violation(self, genomes: Genomes) -> Any:
@@ -187,6 +188,7 @@ class SearchController:
             reward=reward,
             reason=reason,
             seconds=evaluation.seconds,
+            elapsed=time.monotonic() - self._start,
         )
         self.study.add(trial)
         self._report(trial)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -96,7 +96,7 @@ def amount(value: Any) -> float | str:
     """A number, or a percentage of the teacher's, as text."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9.]+)\s*%\s*", value)
-        if not match or not 0 < float(match.group(1)):
+        if not match or float(match.group(1)) <= 0:
             raise ValueError("expected a number, or a share of the teacher's such as '30%'")
         return f"{float(match.group(1)):g}%"
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
@@ -105,7 +105,7 @@ def amount(value: Any) -> float | str:
 
 
 class BudgetSection(Section):
-    """Hard limits: milliseconds and bytes, or shares of the teacher's measured p50 and of its file."""
+    """Hard limits: milliseconds and bytes, or shares of the teacher's measured percentile and of its file."""
 
     latency: float | str | None = None
     percentile: Literal["p50", "p95"] = "p50"
@@ -118,33 +118,38 @@ class BudgetSection(Section):
 
 
 class SearchSection(Section):
-    """How much is tried. ``batch`` belongs to the experiment; ``workers`` to the machine."""
+    """How much is tried. ``batch`` belongs to the experiment; ``workers`` to the machine (0: this process)."""
 
     trials: int = Field(24, ge=1)
     seconds: float = Field(math.inf, gt=0)
     batch: int = Field(4, ge=1)
-    workers: int | Literal["auto"] = "auto"
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
 
 
-class TrainingSection(Section):
-    """The short training by which a candidate is judged."""
+class Epochs(Section):
+    """Epochs in all, and how many of them, the last, come after compression."""
 
     epochs: int = Field(8, ge=1)
     compressed_epochs: int = Field(3, ge=1)
+
+    @model_validator(mode="after")
+    def _order(self) -> Epochs:
+        if self.compressed_epochs > self.epochs:
+            raise ValueError(f"compressed_epochs {self.compressed_epochs} exceeds epochs {self.epochs}")
+        return self
+
+
+class TrainingSection(Epochs):
+    """The short training by which a candidate is judged."""
+
     batch_size: int = Field(64, ge=2)
     lr: float = Field(1e-2, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
     views: int = Field(4, ge=1)
     seconds: float = Field(600.0, gt=0)
 
-    @model_validator(mode="after")
-    def _order(self) -> TrainingSection:
-        if self.compressed_epochs > self.epochs:
-            raise ValueError(f"compressed_epochs {self.compressed_epochs} exceeds epochs {self.epochs}")
-        return self
 
-
-class FinalistsSection(Section):
+class FinalistsSection(Epochs):
     """The long training of the best few, which are then measured."""
 
     count: int = Field(3, ge=1)
@@ -186,8 +191,9 @@ class Experiment(Section):
     def identity(self) -> dict[str, Any]:
         """What must stay the same for a run to be resumed."""
         plain = self.plain()
-        for section in ("name", "finalists", "baselines", "study", "table", "device"):
+        for section in ("name", "finalists", "baselines", "study"):
             plain.pop(section)
+        plain["table"] = self.table.path
         plain["search"] = {"batch": self.search.batch}
         return plain
 
@@ -236,9 +242,14 @@ def _set(raw: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise ExperimentError(f"--set {key}: {parent!r} is a value, not a section.")
     try:
-        place[leaf] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ExperimentError(f"--set {override!r} is no valid YAML value: {error}.") from error
+    if leaf in ("kind", "name") and parents and place.get(leaf) not in (None, value):
+        # The other keys were the former plug-in's; what belongs to the section itself stays.
+        for key in set(place) - {"kind", "name", "data", "target"}:
+            del place[key]
+    place[leaf] = value
 
 
 def _explain(error: ValidationError, origin: str) -> ExperimentError:

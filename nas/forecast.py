@@ -12,6 +12,7 @@ from nas.evaluators.train import Recipe
 from nas.experiment import Experiment
 from nas.job import COSTS, Job
 from nas.latency import AdditiveEstimator
+from nas.latency.measure import Timing
 from nas.reward import Limit, violation
 from nas.space import Candidate
 from nas.student.tables import find_table
@@ -28,7 +29,7 @@ def forecast(experiment: Experiment) -> list[str]:
     """
     torch.set_num_threads(1)
     job = Job(experiment, Path("."))
-    job.reward((), _unknown_timing())
+    job.reward((), Timing(1.0, 1.0, 1.0, 1, 0.0))  # a wrong key is said now, not after the training
     job.strategy(experiment.strategy.kind, experiment.strategy.settings, experiment.seed)
     space = job.space
     lines = [
@@ -42,7 +43,9 @@ def forecast(experiment: Experiment) -> list[str]:
     seconds = table_seconds + _training_seconds(job, step, largest)
     arms = 1 + ("random" in experiment.baselines)
     lines += table_lines
-    lines.append(f"{arms} × {experiment.search.trials} candidates to train, about {step * _steps(job, job.recipe):.1f} s each")
+    lines.append(
+        f"{arms} × {experiment.search.trials} candidates to train, about {step * _steps(job, job.recipe):.1f} s each"
+    )
     lines.append(f"about {seconds / 60:.1f} minutes in all (a cached teacher or table takes its share away)")
     return lines
 
@@ -63,7 +66,8 @@ def _table(job: Job) -> tuple[list[str], float, Candidate]:
     limits, assumed = _limits(job, estimator)
     feasible = violation(costs, COSTS, limits) == 0
     lines = [*notes, f"table {table.name} ({len(table.entries)} parts)"]
-    lines.append(f"{100 * feasible.mean():.1f} % of the space, about {feasible.mean() * job.space.size:,.0f} genomes, meets the budget{assumed}")
+    count = feasible.mean() * job.space.size
+    lines.append(f"{100 * feasible.mean():.1f} % of the space, about {count:,.0f} genomes, meets the budget{assumed}")
     if not feasible.any():
         job.check_budget(estimator, limits)
     among = np.flatnonzero(feasible) if feasible.any() else np.arange(len(genomes))
@@ -116,9 +120,3 @@ def _training_seconds(job: Job, step: float, largest: float) -> float:
     finalists = arms * e.finalists.count + ("uniform" in e.baselines)
     trained = arms * e.search.trials * step * _steps(job, job.recipe) + finalists * step * _steps(job, job.long_recipe)
     return (teacher + trained) / job.workers + e.finalists.seconds + 15
-
-
-def _unknown_timing():  # type: ignore[no-untyped-def]
-    from nas.latency.measure import Timing
-
-    return Timing(1.0, 1.0, 1.0, 1, 0.0)

@@ -1,8 +1,8 @@
 """The whole job: from an experiment to a measured student. Reads as the flow that docs/architecture.md draws.
 
-    task, space, device ─► table ─► teacher ─► budget ─► search (and its baselines)
-                                                             │
-            student ◄─ pack ◄─ test, once ◄─ measure ◄─ finalists: distil long, compress, export
+task, space, device ─► table ─► teacher ─► budget ─► search (and its baselines)
+                                                         │
+        student ◄─ pack ◄─ test, once ◄─ measure ◄─ finalists: distil long, compress, export
 """
 
 from __future__ import annotations
@@ -160,11 +160,13 @@ class Job:
         if section.model is not None and section.weights is not None:
             teacher = own_teacher(section.model, section.weights, self.task, self.run / "teacher")
         else:
-            recipe = Recipe(section.epochs, 0, self.recipe.batch_size, self.recipe.lr, self.recipe.weight_decay, math.inf)
+            recipe = Recipe(
+                section.epochs, 0, self.recipe.batch_size, self.recipe.lr, self.recipe.weight_decay, math.inf
+            )
             teacher = family_teacher(
                 self.space, self.task, self.untaught, recipe, section.tolerance, self._teacher_cache(), executor
             )
-        shutil.copyfile(teacher.onnx, self.run / "teacher.onnx")
+        write_atomic(self.run / "teacher.onnx", teacher.onnx.read_bytes())
         self.progress.note(
             f"teacher {self.task.metric} {teacher.quality:.4f} (validation), ladder "
             + ", ".join(f"{q:.4f}" for q in teacher.ladder)
@@ -203,7 +205,7 @@ class Job:
                 self.progress.stage("timing the teacher")
                 timing = measure_models({"teacher": teacher.onnx}, self.device, TEACHER_SECONDS, self.progress.update)
                 write_json(cached, timing["teacher"].__dict__)
-            shutil.copyfile(cached, kept)
+            write_atomic(kept, cached.read_bytes())
         return Timing(**json.loads(kept.read_text()))
 
     def reward(self, limits: tuple[Limit, ...], teacher: Timing) -> tuple[Reward, str]:
@@ -244,7 +246,13 @@ class Job:
         return construct(strategies.get(kind), settings, domain, seed, where="strategy")
 
     def search_arm(
-        self, arm: str, executor: Executor, estimator: AdditiveEstimator, limits: tuple[Limit, ...], reward: Reward, cost: str
+        self,
+        arm: str,
+        executor: Executor,
+        estimator: AdditiveEstimator,
+        limits: tuple[Limit, ...],
+        reward: Reward,
+        cost: str,
     ) -> tuple[list[Trial], Counts]:
         """Run one search; ``random`` is the baseline with the same budget, screening and training."""
         e = self.experiment
@@ -273,7 +281,8 @@ class Job:
         if not best(trials, 1):
             reasons = sorted({t.reason for t in trials if t.reason})
             raise StudyError(
-                f"All {len(trials)} candidates failed: {'; '.join(reasons[:3])}.", remedy="look at the reasons, then --resume"
+                f"All {len(trials)} candidates failed: {'; '.join(reasons[:3])}.",
+                remedy="look at the reasons, then --resume",
             )
         return trials, controller.counts
 
@@ -293,7 +302,9 @@ class Job:
             if len(feasible):
                 i = int(feasible[np.argmax(costs[feasible, COSTS.index("latency_ms")])])
                 genome = tuple(int(g) for g in members[i])
-                chosen.append(Entrant("uniform", i, genome, None, dict(zip(estimator.costs, costs[i].tolist(), strict=True))))
+                chosen.append(
+                    Entrant("uniform", i, genome, None, dict(zip(estimator.costs, costs[i].tolist(), strict=True)))
+                )
             else:
                 self.warn("no uniformly compressed member of the family meets the budget: that baseline is missing")
         return chosen
@@ -356,7 +367,9 @@ def open_run(experiment: Experiment, run: Path, resume: bool) -> None:
         )
     kept = run / "experiment.yaml"
     if kept.exists() and not resume:
-        raise StudyError(f"{run} holds a run already.", remedy="--resume to go on with it, or another folder with --out")
+        raise StudyError(
+            f"{run} holds a run already.", remedy="--resume to go on with it, or another folder with --out"
+        )
     text = yaml.safe_dump(experiment.plain(), sort_keys=False)
     if not kept.exists() or kept.read_text() != text:
         write_atomic(kept, text)
@@ -379,22 +392,28 @@ def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress
             teacher = job.teacher(workers)
         limits, teacher_timing = job.limits(teacher)
         estimator = AdditiveEstimator(job.space, table, COSTS)
-        share = job.check_budget(estimator, limits)
+        screen = screening(limits, table)
+        share = job.check_budget(estimator, screen)
         job.progress.note(_budget_text(limits, share))
         reward, cost = job.reward(limits, teacher_timing)
         lessons = Lessons.prepare(job.task, teacher.module, experiment.training.views, experiment.seed)
         student = Distil(job.space, job.task, lessons, job.recipe, experiment.seed)
         with job.executor(student) as workers:
             arms = ["search", *(["random"] if "random" in experiment.baselines else [])]
-            found = {arm: job.search_arm(arm, workers, estimator, limits, reward, cost) for arm in arms}
+            found = {arm: job.search_arm(arm, workers, estimator, screen, reward, cost) for arm in arms}
             trials = {arm: trials for arm, (trials, _) in found.items()}
-            entrants = job.entrants(trials, estimator, limits)
+            entrants = job.entrants(trials, estimator, screen)
             finalists, timings = job.finalists(entrants, workers, reward, cost, limits)
         winner = choose(finalists, job.warn)
         outcome = Outcome(
             trials, found["search"][1], entrants, finalists, timings, winner, time.monotonic() - start, job.warnings
         )
         return deliver(job, student, teacher, table, limits, reward, outcome)
+
+
+def screening(limits: tuple[Limit, ...], table: LatencyTable) -> tuple[Limit, ...]:
+    """The budgets for predictions: tighter by the table's own error, so that measurements meet the real ones."""
+    return tuple(Limit(limit.cost, limit.limit * (1 - min(0.2, table.errors[limit.cost].mape))) for limit in limits)
 
 
 def choose(finalists: list[Finalist], warn: Any) -> Finalist:
@@ -405,7 +424,9 @@ def choose(finalists: list[Finalist], warn: Any) -> Finalist:
     """
     own = [f for f in finalists if f.entrant.arm == "search"]
     if not own:
-        raise StudyError("Every finalist failed in its long training.", remedy="see finalists/*/facts.json, then --resume")
+        raise StudyError(
+            "Every finalist failed in its long training.", remedy="see finalists/*/facts.json, then --resume"
+        )
     if not own[0].feasible:
         warn(f"no finalist meets the budget as measured; the closest misses it by {100 * own[0].violation:.1f} %")
     return own[0]

@@ -63,9 +63,8 @@ def import_object(path: str, what: str) -> Any:
     """
     module_name, _, attribute = path.partition(":")
     here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
+    if here not in sys.path:
+        sys.path.insert(0, here)  # and left there: worker processes inherit it and must find the module too
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -73,9 +72,6 @@ def import_object(path: str, what: str) -> Any:
             f"Cannot import {module_name!r} for the {what} {path!r}: {error}.",
             remedy="check the spelling, or run from the folder that holds the module",
         ) from error
-    finally:
-        if added and here in sys.path:
-            sys.path.remove(here)
     try:
         return getattr(module, attribute)
     except AttributeError as error:

@@ -34,7 +34,13 @@ SCHEMA_VERSION = 1
 
 
 def deliver(
-    job: Job, student: Distil, teacher: Teacher, table: LatencyTable, limits: tuple[Limit, ...], reward: Reward, outcome: Outcome
+    job: Job,
+    student: Distil,
+    teacher: Teacher,
+    table: LatencyTable,
+    limits: tuple[Limit, ...],
+    reward: Reward,
+    outcome: Outcome,
 ) -> Path:
     """Read the test split, once, and write everything a user gets; returns the student folder."""
     from nas.report import write_report
@@ -93,8 +99,8 @@ def _rows(job: Job, teacher: Teacher, outcome: Outcome, quality: dict[str, float
     timing = outcome.timings["teacher"]
     rows = [
         {
-            "name": "teacher", "label": "teacher (fp32)", "quality": quality["teacher"], "quality_valid": teacher.quality,
-            "predicted_ms": None, "p50_ms": timing.p50, "p95_ms": timing.p95,
+            "name": "teacher", "label": "teacher (fp32)", "quality": quality["teacher"],
+            "quality_valid": teacher.quality, "predicted_ms": None, "p50_ms": timing.p50, "p95_ms": timing.p95,
             "size_bytes": (job.run / "teacher.onnx").stat().st_size, "macs": macs, "params": params,
         }
     ]  # fmt: skip
@@ -116,7 +122,9 @@ def _rows(job: Job, teacher: Teacher, outcome: Outcome, quality: dict[str, float
 
 def rank_correlation(outcome: Outcome) -> float | None:
     """Spearman of the quality that the search saw with the finalists' ONNX quality; unknown below three."""
-    pairs = [(f.entrant.quality_search, f.quality_onnx) for f in outcome.finalists if f.entrant.quality_search is not None]
+    pairs = [
+        (f.entrant.quality_search, f.quality_onnx) for f in outcome.finalists if f.entrant.quality_search is not None
+    ]
     if len(pairs) < 3:
         return None
     return spearman([a for a, _ in pairs if a is not None], [b for _, b in pairs])
@@ -151,7 +159,8 @@ def _manifest(
                 "device": job.device.name, "fingerprint": job.device.fingerprint,
                 "predicted_ms": winner.entrant.costs["latency_ms"], "p50_ms": winner.timing.p50,
                 "p95_ms": winner.timing.p95, "noise": winner.timing.noise,
-                "teacher_p50_ms": outcome.timings["teacher"].p50, "threads": job.device.threads, "batch": job.device.batch,
+                "teacher_p50_ms": outcome.timings["teacher"].p50, "threads": job.device.threads,
+                "batch": job.device.batch,
             }
         ],
         "size_bytes": {"onnx": winner.size_bytes, "teacher_onnx": by_name["teacher"]["size_bytes"]},
@@ -164,7 +173,8 @@ def _manifest(
             "rank_correlation": rank_correlation(outcome),
         },
         "table": {
-            "name": table.name, "sha256": table.sha256, "error": asdict(table.errors["latency_ms"]), "noise": table.noise,
+            "name": table.name, "sha256": table.sha256, "error": asdict(table.errors["latency_ms"]),
+            "noise": table.noise,
         },
         "baselines": {
             name: {key: by_name[name][key] for key in ("quality", "p50_ms", "size_bytes", "reward")}
@@ -179,7 +189,12 @@ def _manifest(
 
 
 def _summary(
-    job: Job, table: LatencyTable, limits: tuple[Limit, ...], reward: Reward, outcome: Outcome, rows: list[dict[str, Any]]
+    job: Job,
+    table: LatencyTable,
+    limits: tuple[Limit, ...],
+    reward: Reward,
+    outcome: Outcome,
+    rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
@@ -191,7 +206,9 @@ def _summary(
         "quality_metric": job.task.metric,
         "rows": rows,
         "trials": [_trial(job.space, t) for t in outcome.trials["search"]],
-        "baseline_trials": {arm: [_trial(job.space, t) for t in ts] for arm, ts in outcome.trials.items() if arm != "search"},
+        "baseline_trials": {
+            arm: [_trial(job.space, t) for t in trials] for arm, trials in outcome.trials.items() if arm != "search"
+        },
         "finalists": [_finalist(job.space, f, outcome) for f in outcome.finalists],
         "limits": [{"cost": limit.cost, "limit": limit.limit} for limit in limits],
         "reward": {"kind": job.experiment.reward.kind, "target": reward.target},
@@ -201,7 +218,8 @@ def _summary(
         },
         "rank_correlation": rank_correlation(outcome),
         "screened": {
-            "asked": outcome.counts.asked, "infeasible": outcome.counts.infeasible, "duplicates": outcome.counts.duplicates,
+            "asked": outcome.counts.asked, "infeasible": outcome.counts.infeasible,
+            "duplicates": outcome.counts.duplicates,
         },
         "student_dir": str(job.run / "student"),
     }  # fmt: skip

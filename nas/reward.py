@@ -140,5 +140,5 @@ def hypervolume(quality: npt.ArrayLike, cost: npt.ArrayLike, reference: tuple[fl
     inside = (q > low) & (c < high)
     q, c = q[inside], c[inside]
     front = pareto_front(q, c)
-    right = [*c[front[1:]], high]
+    right = [*c[front], high][1:]
     return float(sum((end - c[i]) * (q[i] - low) for i, end in zip(front, right, strict=True)))

@@ -58,4 +58,4 @@ def _check(key: str, value: Any, hint: Any) -> Any:
 
 
 def _readable(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("collections.abc.", "")  # type: ignore[return-value]
+    return getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("collections.abc.", "")

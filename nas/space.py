@@ -265,13 +265,6 @@ class SearchSpace(abc.ABC):
         """Every site enumerated over the genes it reads."""
         return tuple(self._compile(name, site) for name, site in self.sites.items())
 
-    @cached_property
-    def _training_site(self) -> CompiledSite:
-        def read_only(candidate: Candidate) -> None:
-            self.training(candidate)
-
-        return self._compile("training", read_only)
-
     def keys(self) -> dict[str, Part]:
         """Every distinct latency-table key of the space and a part that has it."""
         found: dict[str, Part] = {}
@@ -315,9 +308,7 @@ class SearchSpace(abc.ABC):
         parts_of: list[tuple[Part, ...]] = [()] * size
         reads = np.zeros((size, len(genes)), dtype=bool)
         for fixed, parts, read in leaves:
-            where = tuple(
-                fixed.get(self.choices[g].name, slice(None)) for g in genes
-            )
+            where = tuple(fixed.get(self.choices[g].name, slice(None)) for g in genes)
             read_mask = [self.choices[g].name in read for g in genes]
             for entry in np.atleast_1d(grid[where]).ravel():
                 parts_of[int(entry)] = parts
@@ -332,9 +323,14 @@ class SearchSpace(abc.ABC):
         """Which genes are read by a site or by the training, ``[n, choices]``; the others are dormant."""
         genomes = np.atleast_2d(genomes)
         mask = np.zeros(genomes.shape, dtype=bool)
-        for site in (*self.compiled, self._training_site):
+        for site in self.compiled:
             if len(site.genes):
                 mask[:, site.genes] |= site.reads[site.entries(genomes)]
+        # Training reads most genes at once, so it cannot be enumerated as sites are: it is run and watched.
+        for row, genome in zip(mask, genomes, strict=True):
+            candidate = self.decode(genome)
+            self.training(candidate)
+            row[[self.position[name] for name in candidate.reads]] = True
         return mask
 
     def canonical(self, genomes: Genomes) -> Genomes:

@@ -34,6 +34,7 @@ class Trial:
         costs: predicted costs by name.
         quality, reward: NaN where it failed; ``reason`` says why.
         status: complete or failed.
+        seconds: what its evaluation took; ``elapsed``: of the whole search so far, earlier runs included.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Trial:
     reward: float = math.nan
     reason: str = ""
     seconds: float = 0.0
+    elapsed: float = 0.0
 
 
 class _ProcessLock:
@@ -130,7 +132,7 @@ class Study:
         attributes = {
             "index": trial.index, "genome": list(trial.genome), "seen": trial.seen, "status": trial.status,
             "costs": trial.costs, "violation": trial.violation, "quality": trial.quality if done else None,
-            "reason": trial.reason, "seconds": trial.seconds,
+            "reason": trial.reason, "seconds": trial.seconds, "elapsed": trial.elapsed,
         }  # fmt: skip
         self._study.add_trial(
             create_trial(
@@ -155,7 +157,7 @@ class Study:
             index=a["index"], genome=tuple(a["genome"]), seen=a["seen"], status=a["status"], costs=a["costs"],
             violation=a["violation"], quality=a["quality"] if done else math.nan,
             reward=float(frozen.value) if done and frozen.value is not None else math.nan,
-            reason=a["reason"], seconds=a["seconds"],
+            reason=a["reason"], seconds=a["seconds"], elapsed=a["elapsed"],
         )  # fmt: skip
 
     def genomes(self) -> np.ndarray[Any, np.dtype[np.int64]]:

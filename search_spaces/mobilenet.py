@@ -1,4 +1,4 @@
-"""MobileNet-like space: inverted bottlenecks with depth, kernel, expansion, width and resolution, and their compression.
+"""MobileNet-like space: inverted bottlenecks of chosen depth, kernel, expansion, width and resolution, compressed.
 
 Every channel count is a multiple of 8 and every activation a ReLU6, because that is what keeps convolutions in
 the fast layout and lets int8 fuse (see docs/architecture.md). The compression genes are bits per stage (32 or 8),
@@ -8,6 +8,7 @@ the share of each bottleneck's hidden channels that is pruned after training, an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ class InvertedBottleneck(nn.Module):
 class MobileNetModel(nn.Module):
     """Preprocessing, stem, stages, pooled 1×1-convolution classifier: raw images → logits."""
 
+    mean: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, task: TaskInfo, resolution: int, stem: nn.Module, stages: nn.ModuleList, width: int) -> None:
         super().__init__()
         channels = task.input_shape[0]
@@ -72,7 +76,7 @@ class MobileNetModel(nn.Module):
             x = F.interpolate(x, size=(self.resolution, self.resolution), mode="bilinear", align_corners=False)
         x = self.stem(x)
         for stage in self.stages:
-            for block in stage:
+            for block in stage.children():
                 x = block(x)
         return self.head(self.pool(x)).flatten(1)
 
@@ -129,9 +133,9 @@ class MobileNet(SearchSpace):
         self.choices = tuple(choices)
         sites: dict[str, Site] = {"input": self._input, "stem": self._stem, "head": self._head, "output": self._output}
         for s in self.stages:
-            sites[f"stage{s}.first"] = lambda c, s=s: self._first(c, s)
-            sites[f"stage{s}.rest"] = lambda c, s=s: self._rest(c, s)
-            sites[f"stage{s}.boundary"] = lambda c, s=s: self._boundary(c, s)
+            sites[f"stage{s}.first"] = partial(self._first, stage=s)
+            sites[f"stage{s}.rest"] = partial(self._rest, stage=s)
+            sites[f"stage{s}.boundary"] = partial(self._boundary, stage=s)
         self.sites = sites
 
     # ---- shapes that sites and build share ----------------------------------------------------
@@ -303,7 +307,9 @@ def _check(
     if len(task.input_shape) != 3:
         raise SpaceError(f"Input shape {task.input_shape}.", expected="images: (channels, height, width)")
     if not len(widths) == len(depths) == len(strides):
-        raise SpaceError(f"{len(widths)} widths, {len(depths)} depths, {len(strides)} strides.", expected="one per stage")
+        raise SpaceError(
+            f"{len(widths)} widths, {len(depths)} depths, {len(strides)} strides.", expected="one per stage"
+        )
     unaligned = [w for stage in widths for w in stage if w % 8] + ([stem] if stem % 8 else [])
     if unaligned:
         raise SpaceError(f"Widths {unaligned} are no multiples of 8.", expected="multiples of 8, the runtime's block")

@@ -136,8 +136,8 @@ def latency_limit(estimator: AdditiveEstimator, share: float) -> Limit:
 
 
 def plain(trials: list[Trial]) -> list[str]:
-    """Comparable form, NaN included: everything about a trial but the seconds it took."""
-    return [repr(dataclasses.replace(trial, seconds=0.0)) for trial in trials]
+    """Comparable form, NaN included: everything about a trial but the clock."""
+    return [repr(dataclasses.replace(trial, seconds=0.0, elapsed=0.0)) for trial in trials]
 
 
 def snippet(tmp_path: Path, text: str, name: str = "snippet.py") -> Path:

@@ -44,6 +44,4 @@ def _pruner(layer: nn.Module, name: str) -> tuple[Any, int]:
         return tp.prune_conv_out_channels, layer.out_channels
     if isinstance(layer, nn.Linear):
         return tp.prune_linear_out_channels, layer.out_features
-    raise CompressionError(
-        f"channel_prune: {name!r} is a {type(layer).__name__}.", expected="a Conv2d or Linear layer"
-    )
+    raise CompressionError(f"channel_prune: {name!r} is a {type(layer).__name__}.", expected="a Conv2d or Linear layer")

@@ -24,7 +24,10 @@ def fold_batchnorm(model: nn.Module, names: Collection[str] | None = None) -> nn
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
             training = model.training
             conv.eval(), norm.eval()
-            replace_module(model, name, fuse_conv_bn_eval(conv, norm))
+            fused = fuse_conv_bn_eval(conv, norm)
+            if fused.bias is not None:  # a bias that folding made would be frozen
+                fused.bias.requires_grad_(fused.weight.requires_grad)
+            replace_module(model, name, fused)
             replace_module(model, users[0], nn.Identity())
             model.train(training)
     return model
@@ -41,9 +44,10 @@ def consumers(model: nn.Module) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
-            found[str(node.target)] = [
+            # A module that is called twice has the readers of both calls.
+            found.setdefault(str(node.target), []).extend(
                 str(user.target) if user.op == "call_module" else f"<{user.name}>" for user in node.users
-            ]
+            )
     return found
 
 

@@ -8,7 +8,7 @@ import logging
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -64,10 +64,8 @@ class QuantConv2d(nn.Conv2d):
     """A convolution with fake-quantised weight (symmetric, per output channel), input and, if last, output."""
 
     def __init__(self, conv: nn.Conv2d, bits: int, quantize_output: bool) -> None:
-        super().__init__(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.groups, conv.bias is not None, conv.padding_mode,
-        )  # fmt: skip
+        geometry: Any = _geometry(conv)
+        super().__init__(*geometry)
         self.weight, self.bias = conv.weight, conv.bias
         self.top = 2 ** (bits - 1) - 1
         self.input_quantizer = ActivationQuantizer(bits)
@@ -85,12 +83,18 @@ class QuantConv2d(nn.Conv2d):
 
     def plain(self) -> nn.Conv2d:
         """The float convolution with the trained weights."""
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
-            self.groups, self.bias is not None, self.padding_mode,
-        )  # fmt: skip
+        geometry: Any = _geometry(self)
+        conv = nn.Conv2d(*geometry)
         conv.weight, conv.bias = self.weight, self.bias
         return conv
+
+
+def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
+    """Arguments that make another convolution of the same geometry."""
+    return (
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
+        conv.bias is not None, conv.padding_mode,
+    )  # fmt: skip
 
 
 @passes.register("quantize")
@@ -116,7 +120,8 @@ class Quantize(Pass):
         for name, bits in self.settings.items():
             users = _past_identities(name, followers, modules)
             activated = len(users) == 1 and isinstance(modules.get(users[0]), nn.ReLU | nn.ReLU6)
-            replace_module(model, name, QuantConv2d(model.get_submodule(name), bits, not activated))  # type: ignore[arg-type]
+            conv = cast(nn.Conv2d, model.get_submodule(name))
+            replace_module(model, name, QuantConv2d(conv, bits, not activated))
         self._calibrate(model, sample)
         return model
 
@@ -140,7 +145,8 @@ class Quantize(Pass):
 
     def rewrite(self, model: onnx.ModelProto, calibration: npt.NDArray[np.float32]) -> onnx.ModelProto:
         nodes = quantized_nodes(model, self.settings)
-        return quantize_static(model, nodes, calibration)
+        # The quantiser takes an empty list for "everything".
+        return quantize_static(model, nodes, calibration) if nodes else model
 
 
 def _past_identities(name: str, followers: dict[str, list[str]], modules: dict[str, Any]) -> list[str]:
@@ -156,9 +162,7 @@ def quantized_nodes(model: onnx.ModelProto, layers: Collection[str]) -> list[str
     A layer is found by the name of its weight. An addition or pooling takes the precision of the input that
     was computed last, which in a residual block is the block's own projection.
     """
-    producers = {
-        out: i for i, node in enumerate(model.graph.node) if node.op_type != "Constant" for out in node.output
-    }
+    producers = {out: i for i, node in enumerate(model.graph.node) if node.op_type != "Constant" for out in node.output}
     quantized: dict[int, bool] = {}
     for i, node in enumerate(model.graph.node):
         weight = node.input[1] if len(node.input) > 1 else ""
@@ -168,20 +172,22 @@ def quantized_nodes(model: onnx.ModelProto, layers: Collection[str]) -> list[str
             sources = [producers[x] for x in node.input if x in producers]
             quantized[i] = bool(sources) and quantized.get(max(sources), False)
     names = [node.name for i, node in enumerate(model.graph.node) if quantized.get(i)]
-    weights = {n.input[1].removesuffix(".weight") for i, n in enumerate(model.graph.node) if quantized.get(i) and len(n.input) > 1}
+    weights = {
+        n.input[1].removesuffix(".weight")
+        for i, n in enumerate(model.graph.node)
+        if quantized.get(i) and len(n.input) > 1
+    }
     if missing := set(layers) - weights:
         raise CompressionError(f"quantize: no exported node carries the weights of {sorted(missing)}.")
     return names
 
 
-def quantize_static(
-    model: onnx.ModelProto, nodes: list[str], calibration: npt.NDArray[np.float32]
-) -> onnx.ModelProto:
+def quantize_static(model: onnx.ModelProto, nodes: list[str], calibration: npt.NDArray[np.float32]) -> onnx.ModelProto:
     """onnxruntime's static quantiser, QDQ, uint8 activations, int8 weights per channel, on the named nodes."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType
     from onnxruntime.quantization import quantize_static as ort_quantize
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.batches = iter(np.array_split(calibration, max(1, len(calibration) // 64)))
 

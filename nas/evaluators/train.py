@@ -72,9 +72,7 @@ def predict(model: nn.Module, x: torch.Tensor, batch: int = 512) -> npt.NDArray[
         return np.concatenate([model(x[i : i + batch]).numpy() for i in range(0, len(x), batch)])
 
 
-def train(
-    model: nn.Module, task: Task, lessons: Lessons, training: Training, recipe: Recipe, seed: int
-) -> nn.Module:
+def train(model: nn.Module, task: Task, lessons: Lessons, training: Training, recipe: Recipe, seed: int) -> nn.Module:
     """Train ``model`` and return it compressed (pruned for good, bits simulated), in evaluation mode.
 
     Raises:
@@ -124,7 +122,9 @@ def _fit(
             else:
                 loss = task.loss(logits, lessons.y[rows])
             if not torch.isfinite(loss):
-                raise TrainingError(f"The loss became {loss.item()} in epoch {epoch + 1}.", remedy="a lower training.lr")
+                raise TrainingError(
+                    f"The loss became {loss.item()} in epoch {epoch + 1}.", remedy="a lower training.lr"
+                )
             if time.monotonic() > deadline:
                 raise TrainingError(f"Out of time in epoch {epoch + 1} after {recipe.seconds:g} s.")
             optimiser.zero_grad(set_to_none=True)

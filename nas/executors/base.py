@@ -20,13 +20,15 @@ class Executor(abc.ABC):
     def run(self, function: Callable[[Any, Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """Yield ``(position, result)`` as results arrive; an exception object stands for a worker that died."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - an executor without workers has nothing to stop
         """Stop the workers."""
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -42,7 +42,9 @@ def calibration_genomes(space: SearchSpace, n: int, seed: int = 0) -> Genomes:
 
 def load_yardstick(device: Device) -> Runner:
     """The fixed kernel beside which everything is timed."""
-    return runtimes.get(device.runtime)().load(YARDSTICK.to_onnx(device.batch), threads=device.threads, batch=device.batch)
+    return runtimes.get(device.runtime)().load(
+        YARDSTICK.to_onnx(device.batch), threads=device.threads, batch=device.batch
+    )
 
 
 def profile(
@@ -98,7 +100,9 @@ def _assemble(
     tables = []
     for how in AGGREGATORS:
         entries = {
-            key: Entry(seen.samples[key].timing(), seen.samples[key].aggregate(how, seen.reference), runners[key].fused())
+            key: Entry(
+                seen.samples[key].timing(), seen.samples[key].aggregate(how, seen.reference), runners[key].fused()
+            )
             for key in keys
         }
         table = LatencyTable(
@@ -135,6 +139,7 @@ def describe(table: LatencyTable) -> str:
     """One line: what a user should know before trusting the table."""
     error = asdict(table.errors["latency_ms"])
     return (
-        f"{table.name}: {len(table.entries)} parts, whole nets within {100 * error['mape']:.1f} % "
-        f"(Spearman {error['spearman']:.3f}, {error['nets']} nets, leave-one-out), noise floor {100 * table.noise:.1f} %"
+        f"{table.name}: {len(table.entries)} parts, whole nets within {100 * error['mape']:.1f} % on average "
+        f"(Spearman {error['spearman']:.3f}, {error['nets']} nets, leave-one-out), "
+        f"noise floor {100 * table.noise:.1f} %"
     )

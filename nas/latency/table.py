@@ -93,7 +93,9 @@ class LatencyTable:
             "protocol": self.protocol,
             "fits": {cost: fit.as_dict() for cost, fit in self.fits.items()},
             "nets": self.nets,
-            "entries": {key: {**asdict(e.timing), "value": e.value, "fused": e.fused} for key, e in self.entries.items()},
+            "entries": {
+                key: {**asdict(e.timing), "value": e.value, "fused": e.fused} for key, e in self.entries.items()
+            },
         }
 
     @property
@@ -123,9 +125,10 @@ class LatencyTable:
             raise TableError(f"{path} is no table of schema {SCHEMA_VERSION} in milliseconds.", remedy=REBUILD)
         try:
             table = cls._parse(raw)
-        except (KeyError, TypeError, ValueError) as error:
+            intact = raw.get("sha256") == table.sha256
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise TableError(f"{path} lacks or garbles a field: {error!r}.", remedy=REBUILD) from error
-        if raw.get("sha256") != table.sha256:
+        if not intact:
             raise TableError(f"{path} does not match its own sha256: it was edited or cut.", remedy=REBUILD)
         return table
 

@@ -105,5 +105,3 @@ class Strategy(abc.ABC):
 
 
 strategies: Registry[type[Strategy]] = Registry("strategy")
-
-

@@ -27,7 +27,9 @@ class AgingEvolution(Strategy):
     def __init__(self, domain: Domain, seed: int = 0, *, population: int = 20, sample: int = 5) -> None:
         super().__init__(domain, seed)
         if not 1 <= sample <= population:
-            raise ExperimentError(f"strategy: sample {sample}, population {population}.", expected="1 ≤ sample ≤ population")
+            raise ExperimentError(
+                f"strategy: sample {sample}, population {population}.", expected="1 ≤ sample ≤ population"
+            )
         self.population_size, self.sample = population, sample
         self.population: deque[tuple[Genomes, float]] = deque(maxlen=population)
         if not (domain.cardinalities > 1).any():

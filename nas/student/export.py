@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,9 @@ def deployable(model: nn.Module, plan: Plan) -> nn.Module:
     return fold_batchnorm(plain).eval()
 
 
-def to_onnx(model: nn.Module, plan: Plan, sample: torch.Tensor, calibration: npt.NDArray[np.float32]) -> onnx.ModelProto:
+def to_onnx(
+    model: nn.Module, plan: Plan, sample: torch.Tensor, calibration: npt.NDArray[np.float32]
+) -> onnx.ModelProto:
     """Export a trained (still simulating) module with all of its compression.
 
     Args:
@@ -41,7 +44,7 @@ def to_onnx(model: nn.Module, plan: Plan, sample: torch.Tensor, calibration: npt
 
 def export_float(model: nn.Module, sample: torch.Tensor) -> onnx.ModelProto:
     """Plain export of a float module, with a free batch dimension."""
-    buffer = io.BytesIO()
+    buffer: Any = io.BytesIO()
     with warnings.catch_warnings():
         # The TorchScript exporter is deprecated but takes well under a second where its successor takes 4 to 11.
         warnings.simplefilter("ignore")
@@ -112,8 +115,11 @@ def onnx_macs_params(model: onnx.ModelProto) -> tuple[int, int]:
             sizes[node.output[0]] = sizes[node.input[0]]
     macs = params = 0
     for node in model.graph.node:
-        if node.op_type == "Conv":
-            weight = sizes[node.input[1]]
-            macs += int(np.prod(weight)) * int(np.prod(shapes[node.output[0]][2:]))
-            params += sum(int(np.prod(sizes[name])) for name in node.input[1:])
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[1] not in sizes:
+            continue
+        weight, out = sizes[node.input[1]], shapes[node.output[0]]
+        # A convolution repeats its weight at every position, a matrix product at every row beside the batch's.
+        repeats = out[2:] if node.op_type == "Conv" else out[1:-1]
+        macs += int(np.prod(weight)) * int(np.prod(repeats))
+        params += sum(int(np.prod(sizes[name])) for name in node.input[1:] if name in sizes)
     return macs, params

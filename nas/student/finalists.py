@@ -84,16 +84,27 @@ def train_finalists(
 ) -> dict[str, dict[str, Any]]:
     """Train and export all entrants; returns name → facts. What a former run finished is not repeated.
 
-    An entrant that fails has a ``reason`` and no qualities.
+    An entrant that fails has a ``reason`` and no qualities; it is tried again by the next run.
     """
-    todo = [e for e in entrants if not (folder / e.name / "facts.json").exists()]
+    todo = [e for e in entrants if not _finished(folder / e.name / "facts.json", e, recipe)]
     items = [(np.array(e.genome), recipe, folder / e.name) for e in todo]
     for position, result in executor.run(realise, items):
         if isinstance(result, Exception):
-            write_json(folder / todo[position].name / "facts.json", {"reason": str(result)})
+            write_json(folder / todo[position].name / "facts.json", {"asked": {}, "reason": str(result)})
         if on_done is not None:
             on_done(todo[position].name)
     return {e.name: json.loads((folder / e.name / "facts.json").read_text()) for e in entrants}
+
+
+def _asked(genome: Sequence[int], recipe: Recipe) -> dict[str, Any]:
+    return {"genome": [int(g) for g in genome], "recipe": asdict(recipe)}
+
+
+def _finished(facts: Path, entrant: Entrant, recipe: Recipe) -> bool:
+    if not facts.exists():
+        return False
+    known = json.loads(facts.read_text())
+    return "reason" not in known and known["asked"] == json.loads(json.dumps(_asked(entrant.genome, recipe)))
 
 
 def realise(student: Distil, item: tuple[Genomes, Recipe, Path]) -> None:
@@ -105,7 +116,7 @@ def realise(student: Distil, item: tuple[Genomes, Recipe, Path]) -> None:
             facts = _realise(student, genome, recipe, folder)
     except Exception as error:
         facts = {"reason": f"{type(error).__name__}: {error}"}
-    write_json(folder / "facts.json", facts)
+    write_json(folder / "facts.json", {"asked": _asked(genome.tolist(), recipe), **facts})
 
 
 def _realise(student: Distil, genome: Genomes, recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -172,7 +183,7 @@ def judge(
                 timing=timing,
                 reward=float(reward(known["quality_onnx"], costs[reward_cost])),
                 violation=float(violation([list(costs.values())], names, limits)[0]),
-                **known,
+                **{key: value for key, value in known.items() if key != "asked"},
             )
         )
     return sorted(finalists, key=lambda f: (f.violation, -f.reward, f.entrant.index))
@@ -181,5 +192,3 @@ def judge(
 def as_dict(finalist: Finalist) -> dict[str, Any]:
     """Plain form of the measurement, for the run folder."""
     return {**asdict(finalist.timing), "reward": finalist.reward, "violation": finalist.violation}
-
-

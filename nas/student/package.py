@@ -48,7 +48,7 @@ def pack(folder: Path, student: Distil, finalist: Finalist, manifest: dict[str, 
     making = folder.with_name(f".{folder.name}.making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
-    model = load_model(student, finalist)
+    model = load_model(student, finalist)  # freshly loaded, so in the contiguous layout that exports expect
     candidate = student.space.decode(np.array(finalist.entrant.genome))
     plan = student.space.training(candidate).compression
     sample = student.task.split("valid")[0][:SELFTEST_SAMPLES]
@@ -71,7 +71,7 @@ def _save_program(model: nn.Module, sample: torch.Tensor, path: Path) -> None:
     batch = torch.export.Dim("batch", min=1, max=65536)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own notes on its serialiser, nothing a user could act on
-        program = torch.export.export(model.to(memory_format=torch.contiguous_format), (sample[:2],), dynamic_shapes=({0: batch},))  # type: ignore[call-overload]
+        program = torch.export.export(model, (sample[:2],), dynamic_shapes=({0: batch},))
         torch.export.save(program, path)
 
 
@@ -102,13 +102,16 @@ def model_card(manifest: dict[str, Any], candidate: Candidate, space: SearchSpac
     latency = manifest["latency"][0]
     spec = manifest["input"]
     rows = "\n".join(f"| {name} | {value} |" for name, value in candidate.as_dict().items())
+    measured = f"{quality['metric']} ({quality['split']}, n = {quality['n']})"
+    classes = manifest["task"]["classes"]
+    agreement = f"{100 * parity['agreement']:.1f} %"
     return f"""# {manifest["name"]}: a compressed student
 
 Found by hardware-aware search in the space `{space.name}` and measured on {latency["device"]}.
 
 | | student | teacher |
 |---|---|---|
-| {quality["metric"]} ({quality["split"]}, n = {quality["n"]}) | {quality["student_onnx"]:.4f} | {quality["teacher"]:.4f} |
+| {measured} | {quality["student_onnx"]:.4f} | {quality["teacher"]:.4f} |
 | latency p50, ms | {latency["p50_ms"]:.4f} | {latency["teacher_p50_ms"]:.4f} |
 | file, bytes | {size["onnx"]} | {size["teacher_onnx"]} |
 
@@ -118,12 +121,13 @@ pip install numpy onnxruntime
 python predict.py --selftest
 python predict.py INPUT.npy
 ```
-Input `{spec["name"]}`: {spec["dtype"]}, shape {spec["shape"]}, raw values in {spec["range"]}; preprocessing is inside the
-model. Output: logits of {len(manifest["task"]["classes"])} classes ({", ".join(map(str, manifest["task"]["classes"]))}).
+Input `{spec["name"]}`: {spec["dtype"]}, shape {spec["shape"]}, raw values in {spec["range"]}; preprocessing is
+inside the model. Output: logits of {len(classes)} classes ({", ".join(map(str, classes))}).
 
 ## Files
-`model.onnx` is what runs. `model.pt2` is the same model as a torch.export program with the integer arithmetic simulated
-(logits differ by at most {parity["max_abs_diff"]:.2g} on the validation data, the class agrees on {100 * parity["agreement"]:.1f} %).
+`model.onnx` is what runs. `model.pt2` is the same model as a torch.export program with the integer arithmetic
+simulated (on the validation data logits differ by at most {parity["max_abs_diff"]:.2g}, the class agrees on
+{agreement}).
 `weights.safetensors` are its float weights, `candidate.json` the choices below, `manifest.json` every figure.
 
 ## Choices

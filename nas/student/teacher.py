@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nas.compression.fold import fold_batchnorm
 from nas.errors import ContentError, DataError
 from nas.evaluators import Distil
 from nas.evaluators.train import Recipe, predict
@@ -22,7 +23,7 @@ from nas.files import write_atomic, write_json
 from nas.locks import training_lock
 from nas.registry import import_object
 from nas.space import Genomes, SearchSpace, Training
-from nas.student.export import export_float, fold_batchnorm
+from nas.student.export import export_float
 from nas.tasks import Task
 
 Note = Callable[[str], None]
@@ -117,7 +118,9 @@ def own_teacher(model: str, weights: str, task: Task, folder: Path) -> Teacher:
         raise ContentError(f"{model} returned {type(module).__name__}.", expected="a torch.nn.Module")
     path = Path(weights)
     if not path.is_file():
-        raise ContentError(f"There are no weights at {path}.", expected="a .safetensors file", remedy="check teacher.weights")
+        raise ContentError(
+            f"There are no weights at {path}.", expected="a .safetensors file", remedy="check teacher.weights"
+        )
     try:
         module.load_state_dict(load_file(path))
     except Exception as error:
@@ -126,7 +129,9 @@ def own_teacher(model: str, weights: str, task: Task, folder: Path) -> Teacher:
     try:
         logits = predict(module, x)
     except Exception as error:
-        raise DataError(f"The teacher fails on inputs {tuple(x.shape)}: {error}.", expected="raw task inputs") from error
+        raise DataError(
+            f"The teacher fails on inputs {tuple(x.shape)}: {error}.", expected="raw task inputs"
+        ) from error
     if logits.shape != (len(x), task.info.classes):
         raise DataError(f"The teacher's output has shape {logits.shape}.", expected=f"{(len(x), task.info.classes)}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Run this student, or prove it on this machine. Needs numpy and onnxruntime, nothing else.
 
-    python predict.py --selftest          prove that the model computes here what it computed where it was made
-    python predict.py INPUT.npy           classify an array of raw inputs: one sample, or a batch of them
-    python predict.py --benchmark         milliseconds of one inference on this machine
+python predict.py --selftest          prove that the model computes here what it computed where it was made
+python predict.py INPUT.npy           classify an array of raw inputs: one sample, or a batch of them
+python predict.py --benchmark         milliseconds of one inference on this machine
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+# Plain on purpose: this file is copied into every student folder and must run anywhere.
 HERE = Path(__file__).resolve().parent
 
 
@@ -38,8 +39,10 @@ def selftest(session):
     agreement = float((found.argmax(1) == proof["logits"].argmax(1)).mean())
     difference = float(np.abs(found - proof["logits"]).max())
     passed = agreement >= float(proof["min_agreement"])
-    print(f"selftest {'passed' if passed else 'FAILED'}: {len(found)} samples, agreement {agreement:.4f}, "
-          f"largest difference of a logit {difference:.2e}")
+    print(
+        f"selftest {'passed' if passed else 'FAILED'}: {len(found)} samples, agreement {agreement:.4f}, "
+        f"largest difference of a logit {difference:.2e}"
+    )
     return 0 if passed else 1
 
 
