@@ -42,7 +42,7 @@ def construct(plugin: Callable[..., T], settings: Mapping[str, Any], *args: Any,
 
 
 def _hints(plugin: Callable[..., Any]) -> dict[str, Any]:
-    target = plugin.__init__ if inspect.isclass(plugin) else plugin  # type: ignore[misc]
+    target: Any = getattr(plugin, "__init__") if inspect.isclass(plugin) else plugin  # noqa: B009
     try:
         return typing.get_type_hints(target)
     except (NameError, TypeError):
@@ -58,4 +58,4 @@ def _check(key: str, value: Any, hint: Any) -> Any:
 
 
 def _readable(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("collections.abc.", "")
+    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("collections.abc.", "")

@@ -69,7 +69,12 @@ def images(n: int = 32, seed: int = 0) -> torch.Tensor:
 EVERYTHING = ["first.0", "expand.0", "depthwise.0", "project.0", "head"]
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "channel_prune": [{"expand.0": 8}, {"first.0": 4, "expand.0": 3}, {"expand.0": 16}],
-    "quantize": [dict.fromkeys(EVERYTHING, 8), dict.fromkeys(EVERYTHING[1:4], 8), {"head": 8}, {"first.0": 8, "head": 8}],
+    "quantize": [
+        dict.fromkeys(EVERYTHING, 8),
+        dict.fromkeys(EVERYTHING[1:4], 8),
+        {"head": 8},
+        {"first.0": 8, "head": 8},
+    ],
 }
 
 
@@ -94,7 +99,9 @@ def test_passes_work_together_in_their_order() -> None:
     plain = restore(copy.deepcopy(model), plan)
     assert not any(isinstance(m, QuantConv2d | ActivationQuantizer) for m in plain.modules())
     exported = to_onnx(model, plan, images(), images().numpy())
-    assert [tuple(t.dims) for t in exported.graph.initializer if len(t.dims) == 4].count((8, 1, 3, 3)) == 2  # the first and the depthwise
+    assert [tuple(t.dims) for t in exported.graph.initializer if len(t.dims) == 4].count(
+        (8, 1, 3, 3)
+    ) == 2  # the first and the depthwise
 
 
 def test_an_empty_plan_changes_nothing() -> None:
@@ -196,7 +203,12 @@ def test_folding_named_layers_only_and_keeping_the_mode() -> None:
     model = residual().train()
     fold_batchnorm(model, ["expand.0"])
     kinds = {name: type(model.get_submodule(f"{name}.1")) for name in ("first", "expand", "depthwise", "project")}
-    assert kinds == {"first": nn.BatchNorm2d, "expand": nn.Identity, "depthwise": nn.BatchNorm2d, "project": nn.BatchNorm2d}
+    assert kinds == {
+        "first": nn.BatchNorm2d,
+        "expand": nn.Identity,
+        "depthwise": nn.BatchNorm2d,
+        "project": nn.BatchNorm2d,
+    }
     assert model.training
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(images()), residual()(images()), rtol=1e-4, atol=1e-5)
@@ -416,7 +428,11 @@ def test_pruning_the_output_layer_breaks_the_contract() -> None:
 def test_tiny_space_passes_everything_it_offers() -> None:
     """Every combination of passes that the tiny space's training can ask for."""
     space = TinySpace()
-    plans = {repr(p): p for g in space.sample(np.random.default_rng(0), 60) if (p := space.training(space.decode(g)).compression)}
+    plans = {
+        repr(p): p
+        for g in space.sample(np.random.default_rng(0), 60)
+        if (p := space.training(space.decode(g)).compression)
+    }
     assert len(plans) >= 4
     for plan in plans.values():
         for kind, settings in plan.items():

@@ -296,7 +296,9 @@ def test_the_order_of_arrival_does_not_matter(path: Path, tmp_path: Path) -> Non
 
 
 def test_worker_processes_give_the_same_search(path: Path, tmp_path: Path) -> None:
-    here = controller(path, evaluator=Lookup(tiny_quality), strategy=strategies.get("reinforce")(domain_of(SPACE), 0)).run()
+    here = controller(
+        path, evaluator=Lookup(tiny_quality), strategy=strategies.get("reinforce")(domain_of(SPACE), 0)
+    ).run()
     with Processes(Lookup(tiny_quality), 2) as pool:
         there = controller(
             tmp_path / "other.jsonl", executor=pool, strategy=strategies.get("reinforce")(domain_of(SPACE), 0)

@@ -34,7 +34,11 @@ def slow(shared: Any, item: float) -> float:
 
 
 def setting(shared: Any, item: str) -> Any:
-    return {"threads": torch.get_num_threads(), "pid": os.getpid(), "SIGINT": signal.getsignal(signal.SIGINT) == signal.SIG_IGN}[item]
+    return {
+        "threads": torch.get_num_threads(),
+        "pid": os.getpid(),
+        "SIGINT": signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
+    }[item]
 
 
 def failing(shared: Any, item: int) -> int:

@@ -118,8 +118,9 @@ def test_an_error_inside_releases(tmp_path: Path) -> None:
 
 def test_one_run_per_folder(tmp_path: Path) -> None:
     with run_lock(tmp_path / "a"):
-        with pytest.raises(StudyError, match=rf"Another process \({os.getpid()}\) is working in .*a") as caught, run_lock(
-            tmp_path / "a"
+        with (
+            pytest.raises(StudyError, match=rf"Another process \({os.getpid()}\) is working in .*a") as caught,
+            run_lock(tmp_path / "a"),
         ):
             pass
         assert "--out" in caught.value.remedy

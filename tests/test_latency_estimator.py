@@ -38,7 +38,9 @@ def test_price_by_hand() -> None:
         total = fit.per_net
         for part in parts:
             entry, group = table.entries[part.key], PRECISIONS.index(part.precision)
-            value = {"latency_ms": entry.value, "latency_p95_ms": entry.timing.p95}.get(cost, part.weight_bytes / part.count)
+            value = {"latency_ms": entry.value, "latency_p95_ms": entry.timing.p95}.get(
+                cost, part.weight_bytes / part.count
+            )
             total += part.count * (fit.scale[group] * value + fit.per_part[group])
         assert estimator.price(genome)[0, column] == pytest.approx(total, rel=1e-12)
     assert estimator.price(genome)[0, 3:].tolist() == [sum(p.macs for p in parts), sum(p.params for p in parts)]
@@ -78,7 +80,9 @@ def test_a_part_that_the_table_lacks() -> None:
     table = synthetic_table(space)
     key = sorted(table.entries)[0]
     poorer = replace(table, entries={k: e for k, e in table.entries.items() if k != key})
-    with pytest.raises(TableError, match=f"lacks 1 of {len(table.entries)} parts, the first '{key}'; the nearest") as caught:
+    with pytest.raises(
+        TableError, match=f"lacks 1 of {len(table.entries)} parts, the first '{key}'; the nearest"
+    ) as caught:
         AdditiveEstimator(space, poorer)
     assert "nas profile" in caught.value.remedy
 

@@ -17,7 +17,9 @@ CROSSING = Part((Boundary("quantize"),), (8, 4, 4), "boundary")
 def nets(n: int, seed: int = 0) -> list[list[tuple[Part, float]]]:
     rng = np.random.default_rng(seed)
     kinds = (FP32, INT8, CROSSING)
-    return [[(kinds[k], float(rng.lognormal(-3, 0.5))) for k in rng.integers(0, 3, rng.integers(4, 25))] for _ in range(n)]
+    return [
+        [(kinds[k], float(rng.lognormal(-3, 0.5))) for k in rng.integers(0, 3, rng.integers(4, 25))] for _ in range(n)
+    ]
 
 
 def test_features_by_hand() -> None:

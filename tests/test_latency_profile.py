@@ -42,7 +42,9 @@ def test_calibration_genomes_spread_over_the_macs() -> None:
     np.testing.assert_array_equal(genomes, space.canonical(genomes))
     macs = [sum(p.macs for p in space.parts(space.decode(g))) for g in genomes]
     assert macs == sorted(macs)
-    everything = [sum(p.macs for p in space.parts(space.decode(g))) for g in space.sample(np.random.default_rng(0), 500)]
+    everything = [
+        sum(p.macs for p in space.parts(space.decode(g))) for g in space.sample(np.random.default_rng(0), 500)
+    ]
     assert (macs[0], macs[-1]) == (min(everything), max(everything))
 
 

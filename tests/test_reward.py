@@ -41,7 +41,9 @@ def test_mnasnet_soft_equals_the_paper() -> None:
 
 def test_mnasnet_hard_equals_the_paper() -> None:
     reward = MnasNetHard(80.0)
-    np.testing.assert_allclose(reward([0.7, 0.7, 0.7, 0.7], [8.0, 80.0, 160.0, 320.0]), [0.7, 0.7, 0.35, 0.175], rtol=1e-12)
+    np.testing.assert_allclose(
+        reward([0.7, 0.7, 0.7, 0.7], [8.0, 80.0, 160.0, 320.0]), [0.7, 0.7, 0.35, 0.175], rtol=1e-12
+    )
     assert float(MnasNetHard(80.0, w=-0.5)(0.7, 320.0)) == pytest.approx(0.35, rel=1e-12)
 
 
@@ -114,7 +116,9 @@ def test_front_and_hypervolume_equal_brute_force() -> None:
     rng = np.random.default_rng(0)
     for _ in range(30):
         q, c = rng.integers(1, 12, (2, 25)).astype(float)
-        beaten = ((q[None] >= q[:, None]) & (c[None] <= c[:, None]) & ((q[None] > q[:, None]) | (c[None] < c[:, None]))).any(1)
+        beaten = (
+            (q[None] >= q[:, None]) & (c[None] <= c[:, None]) & ((q[None] > q[:, None]) | (c[None] < c[:, None]))
+        ).any(1)
         wanted = {(q[i], c[i]) for i in np.flatnonzero(~beaten)}
         front = pareto_front(q, c)
         assert {(q[i], c[i]) for i in front} == wanted

@@ -227,7 +227,12 @@ def test_sites_may_give_nothing_one_or_many() -> None:
     head = Part((GlobalAveragePool(), Conv(10, 1)), (8, 4, 4))
     space = Described(
         (Choice("a", (1, 2)),),
-        {"none": lambda c: None, "one": lambda c: part(8), "many": lambda c: [part(8)] * int(c["a"]), "last": lambda c: head},
+        {
+            "none": lambda c: None,
+            "one": lambda c: part(8),
+            "many": lambda c: [part(8)] * int(c["a"]),
+            "last": lambda c: head,
+        },
     )
     assert space.parts(space.decode([1])) == [part(8), part(8), part(8), head]
     assert set(space.keys()) == {part(8).key, head.key}

@@ -90,7 +90,9 @@ def test_random_is_uniform() -> None:
 # ---- aging evolution ---------------------------------------------------------------------------------
 
 
-def grown(population: int = 6, sample: int = 6, sizes: tuple[int, ...] = (9, 9, 9), ordered: bool = False) -> AgingEvolution:
+def grown(
+    population: int = 6, sample: int = 6, sizes: tuple[int, ...] = (9, 9, 9), ordered: bool = False
+) -> AgingEvolution:
     """A full population; member i is [i, 0, 0] with reward i, so that the last is the best."""
     strategy = AgingEvolution(simple_domain(list(sizes), ordered), 0, population=population, sample=sample)
     genomes = np.zeros((population, len(sizes)), dtype=np.int64)
@@ -147,7 +149,9 @@ def test_ordered_genes_prefer_neighbours() -> None:
 
 
 def test_dormant_genes_are_not_mutated() -> None:
-    domain = Domain(np.array([5, 5, 5]), np.zeros(3, dtype=bool), lambda g: np.array([[True, False, True]] * len(np.atleast_2d(g))))
+    domain = Domain(
+        np.array([5, 5, 5]), np.zeros(3, dtype=bool), lambda g: np.array([[True, False, True]] * len(np.atleast_2d(g)))
+    )
     strategy = AgingEvolution(domain, 0, population=1, sample=1)
     strategy.tell(outcomes(np.array([[2, 2, 2]]), 1.0))
     children = strategy.ask(100).genomes
@@ -198,7 +202,9 @@ def test_the_scale_of_the_reward_does_not_matter() -> None:
 
 
 def test_dormant_genes_carry_no_gradient() -> None:
-    domain = Domain(np.array([3, 3]), np.zeros(2, dtype=bool), lambda g: np.array([[True, False]] * len(np.atleast_2d(g))))
+    domain = Domain(
+        np.array([3, 3]), np.zeros(2, dtype=bool), lambda g: np.array([[True, False]] * len(np.atleast_2d(g)))
+    )
     strategy = Reinforce(domain, 0, entropy=0.0)
     strategy.tell(outcomes(np.array([[0, 0], [1, 1]]), [1.0, 0.0]))
     assert strategy.theta[0].any()

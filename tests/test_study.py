@@ -130,7 +130,9 @@ def is_trial(line: bytes) -> bool:
 def test_any_tear_is_cut_and_whole_trials_stay(journal: bytes, tmp_path: Path) -> None:
     """A kill may stop the last write after any byte; every 31st length, and all lengths near a line's end."""
     ends = [i + 1 for i, byte in enumerate(journal) if byte == 10]
-    lengths = sorted({*range(1, len(journal), 31), *(e + d for e in ends for d in (-2, -1, 0, 1, 2))} & set(range(1, len(journal))))
+    lengths = sorted(
+        {*range(1, len(journal), 31), *(e + d for e in ends for d in (-2, -1, 0, 1, 2))} & set(range(1, len(journal)))
+    )
     assert len(lengths) > 50
     path = tmp_path / "study.jsonl"
     for length in lengths:

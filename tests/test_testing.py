@@ -61,7 +61,9 @@ class ForgottenBias(TinySpace):
 
 class ReadsBehindTheBack(TinySpace):
     def training(self, candidate: Candidate) -> Training:
-        return Training(0.0, float(candidate.as_dict().get("temperature", 2.0)), super().training(candidate).compression)
+        return Training(
+            0.0, float(candidate.as_dict().get("temperature", 2.0)), super().training(candidate).compression
+        )
 
 
 class FickleSite(TinySpace):

@@ -111,7 +111,7 @@ def onnx_macs_params(model: onnx.ModelProto) -> tuple[int, int]:
     shapes = _shapes(model)
     sizes = {t.name: tuple(t.dims) for t in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in sizes:
+        if node.op_type in ("DequantizeLinear", "Identity") and node.input[0] in sizes:  # Identity: merged
             sizes[node.output[0]] = sizes[node.input[0]]
     macs = params = 0
     for node in model.graph.node:
