@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from nas.errors import BudgetError, StudyError
+from nas.errors import BudgetError, RewardError, StudyError
 from nas.evaluators.base import Evaluation, Evaluator, guarded
 from nas.executors import Executor
 from nas.latency import CostEstimator
@@ -29,6 +29,7 @@ from nas.space import Genomes, SearchSpace
 from nas.strategies.base import ASKED, COMPLETE, DUPLICATE, FAILED, SCREENED, Outcomes, Proposals, Strategy
 from nas.study import Study, Trial
 
+Array = npt.NDArray[np.float64]
 MAX_FREE_ASKS = 20_000
 
 
@@ -87,49 +88,66 @@ class SearchController:
         self._told = 0
         trials: list[Trial] = []
         self._start = time.monotonic() - max((trial.elapsed for trial in self._recorded.values()), default=0.0)
-        while len(trials) < self.budget.trials and time.monotonic() - self._start < self.budget.seconds:
-            proposals = self._propose(min(self.batch, self.budget.trials - len(trials)))
-            if not len(proposals.index):
+        while len(trials) < self.budget.trials and self._has_time(trials):
+            proposed = self._propose(min(self.batch, self.budget.trials - len(trials)))
+            if not len(proposed):
                 break
-            done = self._evaluate(proposals)
-            self._tell(proposals, np.array([t.quality for t in done]), np.array([t.status for t in done]))
+            done = self._evaluate(proposed)
+            self._tell(proposed, [t.quality for t in done], [t.status for t in done])
             trials += done
         return trials
 
+    def _has_time(self, trials: list[Trial]) -> bool:
+        """Whether to go on: what is recorded is always gone through, whatever the clock says."""
+        return len(trials) < len(self._recorded) or time.monotonic() - self._start < self.budget.seconds
+
     # ---- the fast loop: nothing here is trained -------------------------------------------------
 
-    def _propose(self, n: int) -> Proposals:
+    def _propose(self, n: int) -> _Priced:
         """Ask until ``n`` feasible candidates of unknown quality are found; what is ruled out costs nothing."""
-        kept: list[Proposals] = []
+        kept = self._price(self.strategy.ask(0))
         waiting: set[str] = set()
         last = self.counts.asked + MAX_FREE_ASKS
         while len(kept) < n and self.counts.asked < last:
-            asked = self.strategy.ask(n - len(kept))
-            self.counts.asked += len(asked.index)
-            ids = [self.space.canonical_id(genome) for genome in asked.genomes]
-            feasible = self._violation(asked.genomes) == 0
-            for i, identity in enumerate(ids):
-                one = _row(asked, i)
-                if not feasible[i]:
-                    self.counts.infeasible += 1
-                    self._tell(one, np.array([math.nan]), np.array([SCREENED]))
-                elif identity in self._quality:
-                    self.counts.duplicates += 1
-                    known = self._quality[identity]
-                    status = FAILED if math.isnan(known) else DUPLICATE
-                    self._tell(one, np.array([known]), np.array([status]))
-                elif identity in waiting:
-                    self.counts.duplicates += 1
-                else:
-                    waiting.add(identity)
-                    kept.append(one)
-        if not kept and not self._quality:
+            asked = self._price(self.strategy.ask(n - len(kept)))
+            self.counts.asked += len(asked)
+            new, quality, status = self._sort_out(asked, waiting)
+            free = [i for i in range(len(asked)) if status[i]]
+            if free:
+                self._tell(asked.rows(free), [quality[i] for i in free], [status[i] for i in free])
+            kept = kept.plus(asked.rows(new))
+        if not len(kept) and not self._quality:
             raise BudgetError(
                 f"None of {self.counts.asked} candidates meets the budget.",
                 expected=self._fastest(),
                 remedy="a larger budget, or a space with smaller members",
             )
-        return _stack(kept, len(self.space.choices))
+        return kept
+
+    def _sort_out(self, asked: _Priced, waiting: set[str]) -> tuple[list[int], list[float], list[str]]:
+        """Rows to evaluate, and for the rest quality and status: screened, or a duplicate of what is known."""
+        new: list[int] = []
+        quality, status = [math.nan] * len(asked), [""] * len(asked)
+        for i, genome in enumerate(asked.proposals.genomes):
+            if asked.violation[i] > 0:
+                status[i] = SCREENED
+                self.counts.infeasible += 1
+                continue
+            identity = self.space.canonical_id(genome)
+            if identity in self._quality:
+                quality[i] = self._quality[identity]
+                status[i] = FAILED if math.isnan(quality[i]) else DUPLICATE
+                self.counts.duplicates += 1
+            elif identity in waiting:
+                self.counts.duplicates += 1
+            else:
+                waiting.add(identity)
+                new.append(i)
+        return new, quality, status
+
+    def _price(self, proposals: Proposals) -> _Priced:
+        costs = self.estimator.price(proposals.genomes)
+        return _Priced(proposals, costs, violation(costs, self.estimator.costs, self.limits))
 
     def _fastest(self) -> str:
         genomes = self.space.sample(np.random.default_rng(0), 20_000)
@@ -140,14 +158,12 @@ class SearchController:
             for limit in self.limits
         )
 
-    def _violation(self, genomes: Genomes) -> Any:
-        return violation(self.estimator.price(genomes), self.estimator.costs, self.limits)
-
     # ---- the slow loop: what is trained is recorded ------------------------------------------------
 
-    def _evaluate(self, proposals: Proposals) -> list[Trial]:
+    def _evaluate(self, proposed: _Priced) -> list[Trial]:
         trials: dict[int, Trial] = {}
         todo: list[int] = []
+        proposals = proposed.proposals
         for i, index in enumerate(proposals.index):
             recorded = self._recorded.get(int(index))
             if recorded is None:
@@ -160,33 +176,27 @@ class SearchController:
                 )
             trials[i] = recorded
             self._report(recorded)
-        genomes = [(proposals.genomes[i], float(proposals.fidelity[i])) for i in todo]
-        for position, evaluation in self.executor.run(evaluate_one, genomes):
+        items = [(proposals.genomes[i], float(proposals.fidelity[i])) for i in todo]
+        for position, evaluation in self.executor.run(evaluate_one, items):
             i = todo[position]
-            trials[i] = self._record(proposals, i, evaluation)
+            trials[i] = self._record(proposed, i, evaluation)
         for i, trial in trials.items():
             self._quality[self.space.canonical_id(proposals.genomes[i])] = trial.quality
-        return [trials[i] for i in range(len(proposals.index))]
+        return [trials[i] for i in range(len(proposed))]
 
-    def _record(self, proposals: Proposals, i: int, evaluation: Evaluation | Exception) -> Trial:
-        if isinstance(evaluation, Exception):
-            evaluation = Evaluation(math.nan, reason=str(evaluation))
-        genome = proposals.genomes[i]
-        costs = self.estimator.price(genome)
-        named = dict(zip(self.estimator.costs, costs[0].tolist(), strict=True))
-        reward, reason = math.nan, evaluation.reason
-        if not evaluation.failed:
-            reward = float(self.reward(evaluation.quality, named[self.reward_cost]))
+    def _record(self, proposed: _Priced, i: int, evaluation: Evaluation | Exception) -> Trial:
+        named = dict(zip(self.estimator.costs, proposed.costs[i].tolist(), strict=True))
+        evaluation, reward = self._judge(evaluation, named[self.reward_cost])
         trial = Trial(
-            index=int(proposals.index[i]),
-            genome=tuple(int(g) for g in genome),
+            index=int(proposed.proposals.index[i]),
+            genome=tuple(int(g) for g in proposed.proposals.genomes[i]),
             seen=self._told,
             status=FAILED if evaluation.failed else COMPLETE,
             costs=named,
-            violation=float(violation(costs, self.estimator.costs, self.limits)[0]),
+            violation=float(proposed.violation[i]),
             quality=evaluation.quality,
             reward=reward,
-            reason=reason,
+            reason=evaluation.reason,
             seconds=evaluation.seconds,
             elapsed=time.monotonic() - self._start,
         )
@@ -194,31 +204,71 @@ class SearchController:
         self._report(trial)
         return trial
 
+    def _judge(self, evaluation: Evaluation | Exception, cost: float) -> tuple[Evaluation, float]:
+        """The reward; a quality that it is not defined for costs the search this candidate and nothing else."""
+        if isinstance(evaluation, Exception):
+            return Evaluation(math.nan, reason=str(evaluation)), math.nan
+        if evaluation.failed:
+            return evaluation, math.nan
+        try:
+            return evaluation, float(self.reward(evaluation.quality, cost))
+        except RewardError as error:
+            return Evaluation(math.nan, reason=error.found, seconds=evaluation.seconds), math.nan
+
     def _report(self, trial: Trial) -> None:
         if self.on_trial is not None:
             self.on_trial(trial)
 
-    def _tell(self, proposals: Proposals, quality: Any, status: Any) -> None:
-        costs = self.estimator.price(proposals.genomes)
-        reward = np.full(len(quality), math.nan)
-        known = np.isfinite(quality)
+    def _tell(self, proposed: _Priced, quality: Sequence[float], status: Sequence[str]) -> None:
+        values = np.array(quality, dtype=np.float64)
+        known = np.isfinite(values)
+        reward = np.full(len(values), math.nan)
         if known.any():
             column = self.estimator.costs.index(self.reward_cost)
-            reward[known] = self.reward(quality[known], costs[known, column])
+            reward[known] = self.reward(values[known], proposed.costs[known, column])
         self.strategy.tell(
             Outcomes(
-                index=proposals.index,
-                genomes=proposals.genomes,
-                quality=quality,
-                costs=costs,
-                violation=violation(costs, self.estimator.costs, self.limits),
+                index=proposed.proposals.index,
+                genomes=proposed.proposals.genomes,
+                quality=values,
+                costs=proposed.costs,
+                violation=proposed.violation,
                 reward=reward,
-                fidelity=proposals.fidelity,
-                status=status,
-                source=np.full(len(quality), ASKED),
+                fidelity=proposed.proposals.fidelity,
+                status=np.array(status),
+                source=np.full(len(values), ASKED),
             )
         )
-        self._told += len(quality)
+        self._told += len(values)
+
+
+@dataclass(frozen=True)
+class _Priced:
+    """Proposals with their costs ``[n, k]`` and violations ``[n]``: priced once, used throughout."""
+
+    proposals: Proposals
+    costs: Array
+    violation: Array
+
+    def __len__(self) -> int:
+        return len(self.proposals.index)
+
+    def rows(self, which: list[int]) -> _Priced:
+        p = self.proposals
+        return _Priced(
+            Proposals(p.index[which], p.genomes[which], p.fidelity[which]), self.costs[which], self.violation[which]
+        )
+
+    def plus(self, other: _Priced) -> _Priced:
+        p, q = self.proposals, other.proposals
+        joined = Proposals(
+            np.concatenate([p.index, q.index]),
+            np.concatenate([p.genomes, q.genomes]),
+            np.concatenate([p.fidelity, q.fidelity]),
+        )
+        return _Priced(
+            joined, np.concatenate([self.costs, other.costs]), np.concatenate([self.violation, other.violation])
+        )
 
 
 def evaluate_one(evaluator: Evaluator, item: tuple[Genomes, float]) -> Evaluation:
@@ -232,18 +282,3 @@ def best(trials: list[Trial], count: int) -> list[Trial]:
     """The ``count`` feasible trials of highest reward."""
     scored = [trial for trial in trials if trial.status == COMPLETE and trial.violation == 0]
     return sorted(scored, key=lambda trial: (-trial.reward, trial.index))[:count]
-
-
-def _row(proposals: Proposals, i: int) -> Proposals:
-    rows = slice(i, i + 1)
-    return Proposals(proposals.index[rows], proposals.genomes[rows], proposals.fidelity[rows])
-
-
-def _stack(rows: list[Proposals], choices: int) -> Proposals:
-    if not rows:
-        return Proposals(np.empty(0, np.int64), np.empty((0, choices), np.int64), np.empty(0))
-    return Proposals(
-        np.concatenate([r.index for r in rows]),
-        np.concatenate([r.genomes for r in rows]),
-        np.concatenate([r.fidelity for r in rows]),
-    )

@@ -198,6 +198,9 @@ class Experiment(Section):
         return plain
 
 
+PLUGINS = ((["task"], "kind"), (["space"], "name"), (["strategy"], "kind"), (["reward"], "kind"))
+
+
 def load_experiment(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Experiment:
     """Read a file (path or bundled name) or a dictionary, apply ``key=value`` overrides, and validate.
 
@@ -245,7 +248,7 @@ def _set(raw: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ExperimentError(f"--set {override!r} is no valid YAML value: {error}.") from error
-    if leaf in ("kind", "name") and parents and place.get(leaf) not in (None, value):
+    if (parents, leaf) in PLUGINS and place.get(leaf) not in (None, value):
         # The other keys were the former plug-in's; what belongs to the section itself stays.
         for key in set(place) - {"kind", "name", "data", "target"}:
             del place[key]

@@ -89,6 +89,9 @@ class Candidate(Mapping[str, Value]):
         self.reads[name] = None
         return self._values[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 

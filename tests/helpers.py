@@ -34,6 +34,9 @@ class Unit(nn.Sequential):
 class TinyModel(nn.Module):
     """Two or three convolutions, pooled: raw images → logits."""
 
+    mean: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, task: TaskInfo, width: int, kernel: int | None) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(task.mean).view(1, -1, 1, 1))

@@ -213,7 +213,6 @@ def test_time_is_a_budget_too(path: Path) -> None:
     assert 2 <= len(trials) <= 4
 
 
-@pytest.mark.xfail(reason="a resume whose time is spent returns none of the recorded trials")
 def test_a_search_whose_time_is_spent_still_has_its_trials(path: Path) -> None:
     def slowly(genome: Genomes) -> float:
         time.sleep(0.1)
@@ -313,14 +312,12 @@ def test_rewards_that_add_take_qualities_below_zero(path: Path) -> None:
     assert all(t.reward < 0 for t in trials)
 
 
-@pytest.mark.xfail(reason="a quality that the reward refuses ends the search instead of costing the candidate")
 def test_a_quality_that_the_reward_refuses(path: Path) -> None:
     """An accuracy of 0 is rare, but it is no reason to lose a search."""
     trials = controller(path, evaluator=Recording(lambda g: 0.0 if g[1] else tiny_quality(g)), trials=8).run()
     assert {t.status for t in trials} == {COMPLETE, FAILED}
 
 
-@pytest.mark.xfail(reason="numpy scalars other than float64 do not go into the journal")
 def test_qualities_of_any_float_type(path: Path) -> None:
     class Single(Recording):
         def evaluate(self, genome: Genomes, fidelity: float = 1.0) -> Evaluation:
@@ -399,7 +396,8 @@ def test_a_study_of_other_candidates_is_refused(path: Path) -> None:
 def test_the_best_are_feasible_and_complete() -> None:
     def trial(index: int, reward: float, **changes: Any) -> Trial:
         fields: dict[str, Any] = {
-            "index": index, "genome": (0,), "seen": 0, "status": COMPLETE, "costs": {}, "violation": 0.0, "reward": reward,
+            "index": index, "genome": (0,), "seen": 0, "status": COMPLETE, "costs": {}, "violation": 0.0,
+            "reward": reward,
         }  # fmt: skip
         return Trial(**{**fields, **changes})
 

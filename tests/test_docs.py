@@ -253,9 +253,7 @@ def test_no_key_is_documented_that_does_not_exist() -> None:
 
 
 @pytest.mark.parametrize(("section", "name", "plugin", "filled"), list(plugins()), ids=lambda v: str(v)[:30])
-def test_every_key_of_a_plugin_is_documented(
-    section: str, name: str, plugin: Callable[..., Any], filled: int
-) -> None:
+def test_every_key_of_a_plugin_is_documented(section: str, name: str, plugin: Callable[..., Any], filled: int) -> None:
     parameters = list(inspect.signature(plugin).parameters.values())[filled:]
     rows = documented(f"Keys of `{name}`") if parameters else {}
     for parameter in parameters:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,6 @@ def test_several_deaths(processes: Executor) -> None:
     assert [isinstance(found[i], TrainingError) for i in range(4)] == [True, False, True, False]
 
 
-@pytest.mark.xfail(reason="Processes.run submits to the pool that the death broke", raises=BrokenProcessPool)
 def test_a_worker_that_dies_between_two_runs(processes: Executor) -> None:
     """Killed for memory while idle: the next run must not suffer for it."""
     _, pid = next(iter(processes.run(setting, ["pid"])))

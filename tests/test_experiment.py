@@ -184,7 +184,6 @@ def test_another_plugin_does_not_inherit_the_settings_of_the_first() -> None:
     assert same.strategy.settings == {"population": 8}
 
 
-@pytest.mark.xfail(reason="_set takes the name of a device for the name of a plug-in and drops the other keys")
 def test_another_name_of_the_device_keeps_its_threads() -> None:
     raw = having(device={"name": "desk", "threads": 4})
     assert load_experiment(raw, ["device.name=lap"]).device.threads == 4

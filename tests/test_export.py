@@ -85,11 +85,13 @@ def test_resizing_keeps_the_batch_free_and_every_pixel(side: int) -> None:
 
 def test_no_dead_nodes_and_no_shared_weights() -> None:
     """The exporter merges equal tensors, and a shared bias does not fuse in int8."""
-    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten())
-    for layer in model[:3]:
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    first, second, third = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+    for layer in (first, second, third):
+        assert layer.bias is not None
+        nn.init.zeros_(layer.bias)
     with torch.no_grad():
-        model[2].weight.copy_(model[1].weight)  # type: ignore[operator, arg-type]
+        third.weight.copy_(second.weight)
+    model = nn.Sequential(first, second, third, nn.Flatten())
     exported = export_float(model.eval(), images(1))
     names = {tensor.name for tensor in exported.graph.initializer}
     reads = [name for node in exported.graph.node for name in node.input if name in names]
@@ -98,6 +100,7 @@ def test_no_dead_nodes_and_no_shared_weights() -> None:
     assert all(alive & set(node.output) for node in exported.graph.node)
     with torch.no_grad():
         np.testing.assert_allclose(run(exported, images(3)), model(images(3)).numpy(), atol=1e-5)
+    assert onnx_macs_params(exported) == (64 * (72 + 64 + 64), 80 + 72 + 72)
 
 
 def test_counts_by_hand(compressed: nn.Module) -> None:

@@ -52,7 +52,7 @@ def test_every_runtime_loads_and_runs(kind: str, batch: int) -> None:
     for precision in ("fp32", "int8"):
         part = Part(PART.ops, PART.shape, precision)
         runner = runtime.load(part.to_onnx(batch), threads=1, batch=batch)
-        assert runner() is None  # type: ignore[func-returns-value]
+        assert runner() is None
         assert all(count > 0 for count in runner.fused().values())
 
 

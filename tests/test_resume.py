@@ -82,7 +82,9 @@ def kill_when(run: Path, process: subprocess.Popen[str], lines: int, pause: floa
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
-def test_killed_and_resumed_equals_uninterrupted(prepared: tuple[Path, Path, dict[str, str]], tmp_path: Path, seed: int) -> None:
+def test_killed_and_resumed_equals_uninterrupted(
+    prepared: tuple[Path, Path, dict[str, str]], tmp_path: Path, seed: int
+) -> None:
     experiment, whole, environment = prepared
     rng = random.Random(seed)
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Strategies: the contract for every one, and what each is known for: tournaments, ageing, gradients, better than luck."""
+"""Strategies: the contract for every one, and what each is known for: tournaments, gradients, better than luck."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def outcomes(genomes: Genomes, reward: Any, status: str = COMPLETE, source: str 
     n = len(genomes)
     reward = np.broadcast_to(np.asarray(reward, dtype=np.float64), n)
     return Outcomes(
-        index=np.arange(first, first + n), genomes=genomes, quality=reward, costs=np.ones((n, 1)), violation=np.zeros(n),
-        reward=reward, fidelity=np.ones(n), status=np.full(n, status), source=np.full(n, source),
+        index=np.arange(first, first + n), genomes=genomes, quality=reward, costs=np.ones((n, 1)),
+        violation=np.zeros(n), reward=reward, fidelity=np.ones(n), status=np.full(n, status), source=np.full(n, source),
     )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def test_evolution_settings() -> None:
 
 def test_the_first_policy_is_uniform() -> None:
     strategy = Reinforce(simple_domain([2, 4, 1]), 0)
-    np.testing.assert_allclose(strategy.policy, [[0.5, 0.5, 0, 0], [0.25] * 4, [1, 0, 0, 0]])
+    np.testing.assert_allclose(strategy.policy, np.array([[0.5, 0.5, 0, 0], [0.25] * 4, [1, 0, 0, 0]]))
     genomes = strategy.ask(3000).genomes
     np.testing.assert_allclose(np.bincount(genomes[:, 1]) / 3000, 0.25, atol=0.03)
 

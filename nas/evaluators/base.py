@@ -56,5 +56,5 @@ def guarded(evaluator: Evaluator, genome: Genomes, fidelity: float = 1.0) -> Eva
         result = Evaluation(math.nan, reason=f"{type(error).__name__}: {error}")
     if result.failed and not result.reason:
         result = Evaluation(math.nan, reason=f"the quality is {result.quality}")
-    quality = math.nan if result.failed else result.quality
+    quality = math.nan if result.failed else float(result.quality)
     return Evaluation(quality, result.metrics, result.reason, time.monotonic() - start)

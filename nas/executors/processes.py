@@ -32,8 +32,7 @@ class Processes(Executor):
         waiting = dict(enumerate(items))
         suspects: list[int] = []
         while waiting:
-            pool = self._pool or self._start()
-            futures: dict[Future[Any], int] = {pool.submit(_call, function, item): i for i, item in waiting.items()}
+            futures = self._submit(function, waiting)
             for future in as_completed(futures):
                 i = futures[future]
                 try:
@@ -49,6 +48,20 @@ class Processes(Executor):
             self.close()
             for i in sorted(set(suspects) & set(waiting)):
                 yield i, self._alone(function, waiting.pop(i))
+
+    def _submit(self, function: Callable[[Any, Any], Any], items: dict[int, Any]) -> dict[Future[Any], int]:
+        """Hand the items out; what a pool that breaks meanwhile no longer takes is left for the next one."""
+        futures: dict[Future[Any], int] = {}
+        pool = self._pool or self._start()
+        for i, item in items.items():
+            try:
+                futures[pool.submit(_call, function, item)] = i
+            except BrokenProcessPool:
+                if not futures:  # a worker died while it had nothing to do
+                    self.close()
+                    return self._submit(function, items)
+                break
+        return futures
 
     def _alone(self, function: Callable[[Any, Any], Any], item: Any) -> Any:
         pool = self._pool or self._start()

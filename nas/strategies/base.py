@@ -93,7 +93,7 @@ class Strategy(abc.ABC):
         index = np.arange(self._asked, self._asked + n, dtype=np.int64)
         self._asked += n
         rows = [self.propose(np.random.default_rng((self.seed, int(i)))) for i in index]
-        return Proposals(index, np.array(rows, dtype=np.int64).reshape(n, -1), np.ones(n))
+        return Proposals(index, np.array(rows, dtype=np.int64).reshape(n, len(self.domain.cardinalities)), np.ones(n))
 
     @abc.abstractmethod
     def propose(self, rng: np.random.Generator) -> Genomes:
