@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +25,13 @@ from nas.evaluators.base import Evaluation, Evaluator, guarded
 from nas.executors import Executor
 from nas.latency import CostEstimator
 from nas.locks import training_lock
-from nas.reward import Limit, Reward, violation
+from nas.reward import Limit, Reward, pareto_front, violation
 from nas.space import Genomes, SearchSpace
 from nas.strategies.base import ASKED, COMPLETE, DUPLICATE, FAILED, SCREENED, Outcomes, Proposals, Strategy
 from nas.study import Study, Trial
 
 Array = npt.NDArray[np.float64]
+T = TypeVar("T")
 MAX_FREE_ASKS = 20_000
 
 
@@ -282,3 +284,20 @@ def best(trials: list[Trial], count: int) -> list[Trial]:
     """The ``count`` feasible trials of highest reward."""
     scored = [trial for trial in trials if trial.status == COMPLETE and trial.violation == 0]
     return sorted(scored, key=lambda trial: (-trial.reward, trial.index))[:count]
+
+
+def front(trials: list[Trial], count: int, cost: str = "latency_ms") -> list[Trial]:
+    """``count`` feasible trials along the front of quality and ``cost``; where it is shorter, of the fronts below it."""
+    left, chosen = best(trials, len(trials)), list[Trial]()
+    while left and len(chosen) < count:
+        layer = [left[i] for i in pareto_front([t.quality for t in left], [t.costs[cost] for t in left])]
+        chosen += spread(layer, count - len(chosen))
+        left = [trial for trial in left if trial not in layer]
+    return chosen
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` of the items, evenly spaced, the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round((i + 1) * len(items) / count) - 1] for i in range(count)]

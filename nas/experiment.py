@@ -144,15 +144,16 @@ class TrainingSection(Epochs):
 
     batch_size: int = Field(64, ge=2)
     lr: float = Field(1e-2, gt=0)
-    weight_decay: float = Field(1e-2, ge=0)
+    weight_decay: float = Field(5e-2, ge=0)
     views: int = Field(4, ge=1)
     seconds: float = Field(600.0, gt=0)
 
 
 class FinalistsSection(Epochs):
-    """The long training of the best few, which are then measured."""
+    """The long training of a few, which are then measured: the best by reward, or a front of quality and latency."""
 
     count: int = Field(3, ge=1)
+    pick: Literal["best", "front"] = "best"
     epochs: int = Field(24, ge=1)
     compressed_epochs: int = Field(8, ge=1)
     seconds: float = Field(10.0, gt=0)

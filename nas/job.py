@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from nas import content
-from nas.controller import Budget, Counts, SearchController, best
+from nas.controller import Budget, Counts, SearchController, best, front, spread
 from nas.errors import BudgetError, ExperimentError, StudyError
 from nas.evaluators import Distil
 from nas.evaluators.train import Lessons, Recipe
@@ -289,25 +289,33 @@ class Job:
     def entrants(
         self, trials: dict[str, list[Trial]], estimator: AdditiveEstimator, limits: tuple[Limit, ...]
     ) -> list[Entrant]:
-        """The best few of every arm, and the uniformly compressed member that fills the budget best."""
+        """A few of every arm, and uniformly compressed members that fill the budget."""
+        section = self.experiment.finalists
+        pick = front if section.pick == "front" else best
         chosen = [
             Entrant(arm, t.index, t.genome, t.quality, t.costs)
             for arm, found in trials.items()
-            for t in best(found, self.experiment.finalists.count)
+            for t in pick(found, section.count)
         ]
         if "uniform" in self.experiment.baselines:
-            members = np.array([self.space.encode(c) for c in self.space.uniform()])
-            costs = estimator.price(members)
-            feasible = np.flatnonzero(violation(costs, estimator.costs, limits) == 0)
-            if len(feasible):
-                i = int(feasible[np.argmax(costs[feasible, COSTS.index("latency_ms")])])
-                genome = tuple(int(g) for g in members[i])
-                chosen.append(
-                    Entrant("uniform", i, genome, None, dict(zip(estimator.costs, costs[i].tolist(), strict=True)))
-                )
-            else:
-                self.warn("no uniformly compressed member of the family meets the budget: that baseline is missing")
+            chosen += self._uniform(estimator, limits, section.count if section.pick == "front" else 1)
         return chosen
+
+    def _uniform(self, estimator: AdditiveEstimator, limits: tuple[Limit, ...], count: int) -> list[Entrant]:
+        """Up to ``count`` uniformly compressed members within the budget, the slowest that it admits among them."""
+        members = np.array([self.space.encode(c) for c in self.space.uniform()])
+        costs = estimator.price(members)
+        feasible = np.flatnonzero(violation(costs, estimator.costs, limits) == 0)
+        if not len(feasible):
+            self.warn("no uniformly compressed member of the family meets the budget: that baseline is missing")
+        order = feasible[np.argsort(costs[feasible, COSTS.index("latency_ms")], kind="stable")]
+        return [
+            Entrant(
+                "uniform", int(i), tuple(int(g) for g in members[i]), None,
+                dict(zip(estimator.costs, costs[i].tolist(), strict=True)),
+            )
+            for i in spread(order.tolist(), count)
+        ]  # fmt: skip
 
     def finalists(
         self, entrants: list[Entrant], executor: Executor, reward: Reward, cost: str, limits: tuple[Limit, ...]

@@ -35,7 +35,7 @@ class Recipe:
     compressed_epochs: int
     batch_size: int = 64
     lr: float = 1e-2
-    weight_decay: float = 1e-2
+    weight_decay: float = 5e-2
     seconds: float = 600.0
 
 

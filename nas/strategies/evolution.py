@@ -24,7 +24,7 @@ class AgingEvolution(Strategy):
         sample: size of a tournament (the paper's S; 25 there).
     """
 
-    def __init__(self, domain: Domain, seed: int = 0, *, population: int = 20, sample: int = 5) -> None:
+    def __init__(self, domain: Domain, seed: int = 0, *, population: int = 50, sample: int = 12) -> None:
         super().__init__(domain, seed)
         if not 1 <= sample <= population:
             raise ExperimentError(

@@ -34,9 +34,9 @@ class Reinforce(Strategy):
         domain: Domain,
         seed: int = 0,
         *,
-        lr: float = 0.15,
+        lr: float = 0.05,
         momentum: float = 0.9,
-        entropy: float = 0.05,
+        entropy: float = 0.2,
         entropy_decay: float = 0.99,
     ) -> None:
         super().__init__(domain, seed)
