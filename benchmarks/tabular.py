@@ -1,7 +1,8 @@
 """Strategies on a published table: regret within a latency budget, over seeds.
 
-    python benchmarks/tabular.py --quality T/nb201_accuracy.csv.gz:c10_valid_200 --cost T/hwnasbench_nb201.csv.gz:c10_pixel3_latency \\
-        --genome ops --budget-quantile 0.4 --queries 100 --seeds 20 --strategies random,evolution,reinforce
+    python benchmarks/tabular.py --quality nb201_accuracy.csv.gz:c10_valid_200 \\
+        --cost hwnasbench_nb201.csv.gz:c10_pixel3_latency --genome ops --budget-quantile 0.4 --queries 100 --seeds 20 \\
+        --strategies random,evolution,reinforce
 
 The budget is the quantile over finite, positive costs. A candidate within it scores quality / quality-scale; over it,
 that × (budget / cost); a cost that is missing, NaN or ≤ 0 is infeasible and scores 0. Regret = 100 × (best possible −

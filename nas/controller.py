@@ -287,7 +287,7 @@ def best(trials: list[Trial], count: int) -> list[Trial]:
 
 
 def front(trials: list[Trial], count: int, cost: str = "latency_ms") -> list[Trial]:
-    """``count`` feasible trials along the front of quality and ``cost``; where it is shorter, of the fronts below it."""
+    """``count`` feasible trials along the front of quality and ``cost``; beyond its length, of the fronts below."""
     left, chosen = best(trials, len(trials)), list[Trial]()
     while left and len(chosen) < count:
         layer = [left[i] for i in pareto_front([t.quality for t in left], [t.costs[cost] for t in left])]
