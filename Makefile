@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 search: $(READY)
-	$(BIN)/nas search experiments/digits.yaml
+	$(BIN)/nas search experiments/digits.yaml --resume
 
 test: $(READY)
 	$(BIN)/ruff check .

@@ -281,9 +281,9 @@ def evaluate_one(evaluator: Evaluator, item: tuple[Genomes, float]) -> Evaluatio
 
 
 def best(trials: list[Trial], count: int) -> list[Trial]:
-    """The ``count`` feasible trials of highest reward."""
+    """The ``count`` feasible trials of highest reward, the faster first where rewards are equal."""
     scored = [trial for trial in trials if trial.status == COMPLETE and trial.violation == 0]
-    return sorted(scored, key=lambda trial: (-trial.reward, trial.index))[:count]
+    return sorted(scored, key=lambda trial: (-trial.reward, trial.costs.get("latency_ms", 0.0), trial.index))[:count]
 
 
 def front(trials: list[Trial], count: int, cost: str = "latency_ms") -> list[Trial]:

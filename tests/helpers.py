@@ -147,3 +147,24 @@ def snippet(tmp_path: Path, text: str, name: str = "snippet.py") -> Path:
     path = tmp_path / name
     path.write_text(text)
     return path
+
+
+# An experiment that a laptop finishes in half a minute.
+SMALL = {
+    "name": "small",
+    "task": {"data": "digits", "limit": 240},
+    "space": {
+        "name": "mobilenet", "resolutions": [8], "stem": [8, 2], "widths": [[8, 16], [16, 24]], "depths": [[1, 2], [1]],
+        "strides": [1, 2], "kernels": [3], "expansions": [2, 3], "bits": [32, 8], "prune": [0.0, 0.5],
+        "kd_weights": [0.0, 0.5], "temperatures": [2.0, 4.0],
+    },
+    "table": {"seconds": 1.0, "nets": 10},
+    "teacher": {"epochs": 3},
+    "strategy": {"kind": "evolution", "population": 4, "sample": 2},
+    "reward": {"kind": "mnasnet_soft"},
+    "budget": {"latency": "400%"},
+    "search": {"trials": 10, "batch": 3, "workers": 2},
+    "training": {"epochs": 3, "compressed_epochs": 1, "views": 1},
+    "finalists": {"count": 1, "epochs": 3, "compressed_epochs": 1, "seconds": 1.0},
+    "baselines": ["random"],
+}  # fmt: skip

@@ -13,25 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-SMALL = {
-    "name": "small",
-    "task": {"data": "digits", "limit": 240},
-    "space": {
-        "name": "mobilenet", "resolutions": [8], "stem": [8, 2], "widths": [[8, 16], [16, 24]], "depths": [[1, 2], [1]],
-        "strides": [1, 2], "kernels": [3], "expansions": [2, 3], "bits": [32, 8], "prune": [0.0, 0.5],
-        "kd_weights": [0.0, 0.5], "temperatures": [2.0, 4.0],
-    },
-    "table": {"seconds": 1.0, "nets": 10},
-    "teacher": {"epochs": 3},
-    "strategy": {"kind": "evolution", "population": 4, "sample": 2},
-    "reward": {"kind": "mnasnet_soft"},
-    "budget": {"latency": "400%"},
-    "search": {"trials": 10, "batch": 3, "workers": 2},
-    "training": {"epochs": 3, "compressed_epochs": 1, "views": 1},
-    "finalists": {"count": 1, "epochs": 3, "compressed_epochs": 1, "seconds": 1.0},
-    "baselines": ["random"],
-}  # fmt: skip
+from helpers import SMALL
 
 
 def command(experiment: Path, run: Path, *more: str) -> list[str]:

@@ -15,8 +15,8 @@ COLUMNS = ("predicted ms", "p50 ms", "p95 ms", "speed-up", "size KiB", "× small
 
 def summary_table(summary: Record) -> Table:
     """Teacher, baselines and student: test quality, predicted and measured latency, size and MACs."""
-    table = Table(box=box.SIMPLE_HEAD, title=None)
-    table.add_column("")
+    table = Table(box=box.SIMPLE_HEAD, title=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", min_width=15)  # wraps before any number is cut
     for name in (f"test {metric(summary)}", *COLUMNS):
         # One word a line keeps the table within eighty columns or little more.
         table.add_column(Text(name.replace(" ", "\n")), justify="right", no_wrap=True)

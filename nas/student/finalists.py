@@ -186,7 +186,7 @@ def judge(
                 **{key: value for key, value in known.items() if key != "asked"},
             )
         )
-    return sorted(finalists, key=lambda f: (f.violation, -f.reward, f.entrant.index))
+    return sorted(finalists, key=lambda f: (f.violation, -f.reward, f.timing.p50))
 
 
 def as_dict(finalist: Finalist) -> dict[str, Any]:
