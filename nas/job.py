@@ -175,7 +175,8 @@ class Job:
 
     def _teacher_cache(self) -> Path:
         plain = self.experiment.plain()
-        facts = {key: plain[key] for key in ("seed", "task", "space", "teacher", "training")}
+        facts = {key: plain[key] for key in ("seed", "task", "space", "teacher")}
+        facts["training"] = {key: plain["training"][key] for key in ("batch_size", "lr", "weight_decay", "views")}
         facts["data"] = self.task.fingerprint
         return cache_dir() / "teachers" / digest(facts)[:16]
 

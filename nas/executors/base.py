@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-Task = Callable[..., Any]
-
 
 class Executor(abc.ABC):
     """Runs ``function(shared, item)`` for many items; used as a context manager.

@@ -187,8 +187,3 @@ def judge(
             )
         )
     return sorted(finalists, key=lambda f: (f.violation, -f.reward, f.timing.p50))
-
-
-def as_dict(finalist: Finalist) -> dict[str, Any]:
-    """Plain form of the measurement, for the run folder."""
-    return {**asdict(finalist.timing), "reward": finalist.reward, "violation": finalist.violation}

@@ -135,6 +135,7 @@ def own_teacher(model: str, weights: str, task: Task, folder: Path) -> Teacher:
     if logits.shape != (len(x), task.info.classes):
         raise DataError(f"The teacher's output has shape {logits.shape}.", expected=f"{(len(x), task.info.classes)}")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "teacher.onnx").unlink(missing_ok=True)  # the weights may have changed since it was written
     quality = task.evaluate(logits, y.numpy())[task.metric]
     return Teacher(module.eval(), _export(module, task, folder), None, quality, [quality])
 
