@@ -139,9 +139,8 @@ def _profile(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from nas.report import write_report
 
-    path = write_report(options.run)
+    write_report(options.run)
     _print_result(options.run)
-    console.print(f"report: {escape(str(path))}", soft_wrap=True)
     return 0
 
 
