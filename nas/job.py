@@ -22,7 +22,8 @@ import torch
 import yaml
 
 from nas import content
-from nas.controller import Budget, Counts, SearchController, best, front, spread
+from nas.arms import entrants, measure_finalists, search_arm
+from nas.controller import Counts
 from nas.errors import BudgetError, ExperimentError, StudyError
 from nas.evaluators import Distil
 from nas.evaluators.train import Lessons, Recipe
@@ -38,10 +39,10 @@ from nas.reward import Limit, Reward, rewards, violation
 from nas.settings import construct
 from nas.space import SearchSpace
 from nas.strategies import Domain, Strategy, strategies
-from nas.student.finalists import Entrant, Finalist, judge, measure_models, train_finalists
+from nas.student.finalists import Entrant, Finalist, measure_models
 from nas.student.tables import build_table, cached_path, find_table
 from nas.student.teacher import Teacher, family_teacher, own_teacher
-from nas.study import Study, Trial
+from nas.study import Trial
 from nas.tasks import Task, tasks
 
 DISK_NEEDED = 200e6
@@ -246,119 +247,10 @@ class Job:
         domain = Domain(self.space.cardinalities, ordered, self.space.active)
         return construct(strategies.get(kind), settings, domain, seed, where="strategy")
 
-    def search_arm(
-        self,
-        arm: str,
-        executor: Executor,
-        estimator: AdditiveEstimator,
-        limits: tuple[Limit, ...],
-        reward: Reward,
-        cost: str,
-    ) -> tuple[list[Trial], Counts]:
-        """Run one search; ``random`` is the baseline with the same budget, screening and training."""
-        e = self.experiment
-        self.progress.stage("search" if arm == "search" else f"baseline: {arm} search")
-        kind, settings = (e.strategy.kind, e.strategy.settings) if arm == "search" else ("random", {})
-        storage = e.study.storage or self.run / "study.jsonl"
-        name = arm if e.study.storage is None else f"{e.name}-{self.run.name}-{arm}"
-        study = Study(storage, name, self.space, {**e.identity, "arm": arm, "limits": [vars(x) for x in limits]})
-        if study.repaired:
-            self.warn(study.repaired)
-        watch = _Watch(self.progress, e.search.trials)
-        controller = SearchController(
-            space=self.space,
-            strategy=self.strategy(kind, settings, e.seed if arm == "search" else e.seed + 10_000),
-            estimator=estimator,
-            executor=executor,
-            reward=reward,
-            limits=limits,
-            study=study,
-            budget=Budget(e.search.trials, e.search.seconds),
-            batch=e.search.batch,
-            reward_cost=cost,
-            on_trial=watch,
-        )
-        trials = controller.run()
-        if not best(trials, 1):
-            reasons = sorted({t.reason for t in trials if t.reason})
-            raise StudyError(
-                f"All {len(trials)} candidates failed: {'; '.join(reasons[:3])}.",
-                remedy="look at the reasons, then --resume",
-            )
-        return trials, controller.counts
-
-    def entrants(
-        self, trials: dict[str, list[Trial]], estimator: AdditiveEstimator, limits: tuple[Limit, ...]
-    ) -> list[Entrant]:
-        """A few of every arm, and uniformly compressed members that fill the budget."""
-        section = self.experiment.finalists
-        pick = front if section.pick == "front" else best
-        chosen = [
-            Entrant(arm, t.index, t.genome, t.quality, t.costs)
-            for arm, found in trials.items()
-            for t in pick(found, section.count)
-        ]
-        if "uniform" in self.experiment.baselines:
-            chosen += self._uniform(estimator, limits, section.count if section.pick == "front" else 1)
-        return chosen
-
-    def _uniform(self, estimator: AdditiveEstimator, limits: tuple[Limit, ...], count: int) -> list[Entrant]:
-        """Up to ``count`` uniformly compressed members within the budget, the slowest that it admits among them."""
-        members = np.array([self.space.encode(c) for c in self.space.uniform()])
-        costs = estimator.price(members)
-        feasible = np.flatnonzero(violation(costs, estimator.costs, limits) == 0)
-        if not len(feasible):
-            self.warn("no uniformly compressed member of the family meets the budget: that baseline is missing")
-        order = feasible[np.argsort(costs[feasible, COSTS.index("latency_ms")], kind="stable")]
-        return [
-            Entrant(
-                "uniform", int(i), tuple(int(g) for g in members[i]), None,
-                dict(zip(estimator.costs, costs[i].tolist(), strict=True)),
-            )
-            for i in spread(order.tolist(), count)
-        ]  # fmt: skip
-
-    def finalists(
-        self, entrants: list[Entrant], executor: Executor, reward: Reward, cost: str, limits: tuple[Limit, ...]
-    ) -> tuple[list[Finalist], dict[str, Timing]]:
-        """Distil long, export, and measure all of them and the teacher side by side."""
-        self.progress.stage("finalists")
-        folder = self.run / "finalists"
-        done: list[str] = []
-
-        def on_done(name: str) -> None:
-            done.append(name)
-            self.progress.update(len(done) / len(entrants), f"{name} trained")
-
-        facts = train_finalists(entrants, self.long_recipe, folder, executor, on_done)
-        for name, known in facts.items():
-            if "reason" in known:
-                self.warn(f"finalist {name} failed: {known['reason']}")
-        self.progress.stage("measuring")
-        models = {name: folder / name / "model.onnx" for name, known in facts.items() if "reason" not in known}
-        models["teacher"] = self.run / "teacher.onnx"
-        timings = measure_models(models, self.device, self.experiment.finalists.seconds, self.progress.update)
-        return judge(entrants, facts, timings, folder, reward, cost, limits), timings
-
     def warn(self, text: str) -> None:
         """Say it now and at the top of the result."""
         self.warnings.append(text)
         self.progress.note(text)
-
-
-class _Watch:
-    """Turns trials into progress."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.total = progress, total
-        self.done, self.best = 0, -math.inf
-
-    def __call__(self, trial: Trial) -> None:
-        self.done += 1
-        if trial.violation == 0 and trial.reward > self.best:
-            self.best = trial.reward
-        so_far = f"best reward {self.best:.4f}" if math.isfinite(self.best) else "nothing yet"
-        self.progress.update(self.done / self.total, f"{self.done}/{self.total} candidates, {so_far}")
 
 
 def open_run(experiment: Experiment, run: Path, resume: bool) -> None:
@@ -409,13 +301,13 @@ def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress
         student = Distil(job.space, job.task, lessons, job.recipe, experiment.seed)
         with job.executor(student) as workers:
             arms = ["search", *(["random"] if "random" in experiment.baselines else [])]
-            found = {arm: job.search_arm(arm, workers, estimator, screen, reward, cost) for arm in arms}
+            found = {arm: search_arm(job, arm, workers, estimator, screen, reward, cost) for arm in arms}
             trials = {arm: trials for arm, (trials, _) in found.items()}
-            entrants = job.entrants(trials, estimator, screen)
-            finalists, timings = job.finalists(entrants, workers, reward, cost, limits)
+            chosen = entrants(job, trials, estimator, screen)
+            finalists, timings = measure_finalists(job, chosen, workers, reward, cost, limits)
         winner = choose(finalists, job.warn)
         outcome = Outcome(
-            trials, found["search"][1], entrants, finalists, timings, winner, time.monotonic() - start, job.warnings
+            trials, found["search"][1], chosen, finalists, timings, winner, time.monotonic() - start, job.warnings
         )
         return deliver(job, student, teacher, table, limits, reward, outcome)
 

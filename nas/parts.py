@@ -103,27 +103,34 @@ class Conv:
         return graph.activation(y, self.activation)
 
 
-@dataclass(frozen=True)
-class AddInput:
-    """Residual connection: adds the part's own input."""
-
-    text: str = "+in"
+class Weightless:
+    """An operator without weights, whose output has the shape of its input unless it says otherwise."""
 
     def out_shape(self, shape: Shape) -> Shape:
+        """Shape of the output: the input's."""
         return shape
 
     def macs(self, shape: Shape) -> int:
+        """None."""
         return 0
 
     def params(self, shape: Shape) -> int:
+        """None."""
         return 0
+
+
+@dataclass(frozen=True)
+class AddInput(Weightless):
+    """Residual connection: adds the part's own input."""
+
+    text: str = "+in"
 
     def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
         return graph.activation(graph.node("Add", [x, graph.input]), "")
 
 
 @dataclass(frozen=True)
-class GlobalAveragePool:
+class GlobalAveragePool(Weightless):
     """Mean over height and width, kept as a ``1×1`` map."""
 
     text: str = "gap"
@@ -131,30 +138,15 @@ class GlobalAveragePool:
     def out_shape(self, shape: Shape) -> Shape:
         return (shape[0], 1, 1)
 
-    def macs(self, shape: Shape) -> int:
-        return 0
-
-    def params(self, shape: Shape) -> int:
-        return 0
-
     def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
         return graph.activation(graph.node("GlobalAveragePool", [x]), "")
 
 
 @dataclass(frozen=True)
-class Normalize:
+class Normalize(Weightless):
     """Per-channel ``(x - mean) * (1 / std)``: the preprocessing that travels inside a student."""
 
     text: str = "normalize"
-
-    def out_shape(self, shape: Shape) -> Shape:
-        return shape
-
-    def macs(self, shape: Shape) -> int:
-        return 0
-
-    def params(self, shape: Shape) -> int:
-        return 0
 
     def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
         mean = graph.constant(np.full((1, shape[0], 1, 1), 0.5, np.float32))
@@ -163,7 +155,7 @@ class Normalize:
 
 
 @dataclass(frozen=True)
-class Resize:
+class Resize(Weightless):
     """Bilinear resize to ``side × side`` (half-pixel centres), as ``F.interpolate`` exports it."""
 
     side: int
@@ -174,12 +166,6 @@ class Resize:
 
     def out_shape(self, shape: Shape) -> Shape:
         return (shape[0], self.side, self.side)
-
-    def macs(self, shape: Shape) -> int:
-        return 0
-
-    def params(self, shape: Shape) -> int:
-        return 0
 
     def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
         return graph.node(
@@ -200,19 +186,10 @@ def resize_scales(shape: Shape, sides: tuple[int, int]) -> npt.NDArray[np.float3
 
 
 @dataclass(frozen=True)
-class Boundary:
+class Boundary(Weightless):
     """Crossing between precisions: ``quantize`` (float → uint8) or ``dequantize`` (uint8 → float)."""
 
     text: str
-
-    def out_shape(self, shape: Shape) -> Shape:
-        return shape
-
-    def macs(self, shape: Shape) -> int:
-        return 0
-
-    def params(self, shape: Shape) -> int:
-        return 0
 
     def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
         kind = "QuantizeLinear" if self.text == "quantize" else "DequantizeLinear"

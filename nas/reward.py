@@ -47,6 +47,14 @@ def _checked(quality: npt.ArrayLike, cost: npt.ArrayLike, *, positive: bool, kin
     return q, c
 
 
+def _not_positive(name: str, value: float) -> float:
+    if not -np.inf < value <= 0:
+        raise RewardError(
+            f"{name} = {value}.", expected=f"finite and {name} ≤ 0, so that a higher cost lowers the reward"
+        )
+    return value
+
+
 @rewards.register("mnasnet_soft")
 class MnasNetSoft(Reward):
     """``R = Q · (T/T₀)^w`` everywhere, MnasNet (Tan et al. 2019), equations 2-3 with α = β = w.
@@ -57,9 +65,7 @@ class MnasNetSoft(Reward):
 
     def __init__(self, target: float, w: float = -0.07) -> None:
         super().__init__(target)
-        if w > 0:
-            raise RewardError(f"Exponent w = {w}.", expected="w ≤ 0, so that a higher cost lowers the reward")
-        self.w = w
+        self.w = _not_positive("w", w)
 
     def __call__(self, quality: npt.ArrayLike, cost: npt.ArrayLike) -> Array:
         q, c = _checked(quality, cost, positive=True, kind="mnasnet_soft")
@@ -76,9 +82,7 @@ class MnasNetHard(Reward):
 
     def __init__(self, target: float, w: float = -1.0) -> None:
         super().__init__(target)
-        if w > 0:
-            raise RewardError(f"Exponent w = {w}.", expected="w ≤ 0, so that a higher cost lowers the reward")
-        self.w = w
+        self.w = _not_positive("w", w)
 
     def __call__(self, quality: npt.ArrayLike, cost: npt.ArrayLike) -> Array:
         q, c = _checked(quality, cost, positive=True, kind="mnasnet_hard")
@@ -95,9 +99,7 @@ class TuNASAbsolute(Reward):
 
     def __init__(self, target: float, beta: float = -0.07) -> None:
         super().__init__(target)
-        if beta > 0:
-            raise RewardError(f"beta = {beta}.", expected="beta ≤ 0")
-        self.beta = beta
+        self.beta = _not_positive("beta", beta)
 
     def __call__(self, quality: npt.ArrayLike, cost: npt.ArrayLike) -> Array:
         q, c = _checked(quality, cost, positive=False, kind="tunas_absolute")
