@@ -1,0 +1,136 @@
+"""The arms of a run: each searches or is given, sends its entrants, and all of them are measured side by side."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nas.controller import Budget, Counts, SearchController, best, front, spread
+from nas.errors import StudyError
+from nas.executors import Executor
+from nas.latency import AdditiveEstimator
+from nas.latency.measure import Timing
+from nas.progress import Progress
+from nas.reward import Limit, Reward, violation
+from nas.student.finalists import Entrant, Finalist, judge, measure_models, train_finalists
+from nas.study import Study, Trial
+
+if TYPE_CHECKING:
+    from nas.job import Job
+
+LATENCY = "latency_ms"
+
+
+def search_arm(
+    job: Job,
+    arm: str,
+    executor: Executor,
+    estimator: AdditiveEstimator,
+    limits: tuple[Limit, ...],
+    reward: Reward,
+    cost: str,
+) -> tuple[list[Trial], Counts]:
+    """Run one search; ``random`` is the baseline with the same budget, screening and training."""
+    e = job.experiment
+    job.progress.stage("search" if arm == "search" else f"baseline: {arm} search")
+    kind, settings = (e.strategy.kind, e.strategy.settings) if arm == "search" else ("random", {})
+    storage = e.study.storage or job.run / "study.jsonl"
+    name = arm if e.study.storage is None else f"{e.name}-{job.run.name}-{arm}"
+    study = Study(storage, name, job.space, {**e.identity, "arm": arm, "limits": [vars(x) for x in limits]})
+    if study.repaired:
+        job.warn(study.repaired)
+    watch = _Watch(job.progress, e.search.trials)
+    controller = SearchController(
+        space=job.space,
+        strategy=job.strategy(kind, settings, e.seed if arm == "search" else e.seed + 10_000),
+        estimator=estimator,
+        executor=executor,
+        reward=reward,
+        limits=limits,
+        study=study,
+        budget=Budget(e.search.trials, e.search.seconds),
+        batch=e.search.batch,
+        reward_cost=cost,
+        on_trial=watch,
+    )
+    trials = controller.run()
+    if not best(trials, 1):
+        reasons = sorted({t.reason for t in trials if t.reason})
+        raise StudyError(
+            f"All {len(trials)} candidates failed: {'; '.join(reasons[:3])}.",
+            remedy="look at the reasons, then --resume",
+        )
+    return trials, controller.counts
+
+
+def entrants(
+    job: Job, trials: dict[str, list[Trial]], estimator: AdditiveEstimator, limits: tuple[Limit, ...]
+) -> list[Entrant]:
+    """A few of every arm, and uniformly compressed members that fill the budget."""
+    section = job.experiment.finalists
+    pick = front if section.pick == "front" else best
+    chosen = [
+        Entrant(arm, t.index, t.genome, t.quality, t.costs)
+        for arm, found in trials.items()
+        for t in pick(found, section.count)
+    ]
+    if "uniform" in job.experiment.baselines:
+        chosen += _uniform(job, estimator, limits, section.count if section.pick == "front" else 1)
+    return chosen
+
+
+def _uniform(job: Job, estimator: AdditiveEstimator, limits: tuple[Limit, ...], count: int) -> list[Entrant]:
+    """Up to ``count`` uniformly compressed members within the budget, the slowest that it admits among them."""
+    members = np.array([job.space.encode(c) for c in job.space.uniform()])
+    costs = estimator.price(members)
+    feasible = np.flatnonzero(violation(costs, estimator.costs, limits) == 0)
+    if not len(feasible):
+        job.warn("no uniformly compressed member of the family meets the budget: that baseline is missing")
+    order = feasible[np.argsort(costs[feasible, estimator.costs.index(LATENCY)], kind="stable")]
+    return [
+        Entrant(
+            "uniform", int(i), tuple(int(g) for g in members[i]), None,
+            dict(zip(estimator.costs, costs[i].tolist(), strict=True)),
+        )
+        for i in spread(order.tolist(), count)
+    ]  # fmt: skip
+
+
+def measure_finalists(
+    job: Job, entrants: list[Entrant], executor: Executor, reward: Reward, cost: str, limits: tuple[Limit, ...]
+) -> tuple[list[Finalist], dict[str, Timing]]:
+    """Distil long, export, and measure all of them and the teacher side by side."""
+    job.progress.stage("finalists")
+    folder = job.run / "finalists"
+    done: list[str] = []
+
+    def on_done(name: str) -> None:
+        done.append(name)
+        job.progress.update(len(done) / len(entrants), f"{name} trained")
+
+    facts = train_finalists(entrants, job.long_recipe, folder, executor, on_done)
+    for name, known in facts.items():
+        if "reason" in known:
+            job.warn(f"finalist {name} failed: {known['reason']}")
+    job.progress.stage("measuring")
+    models = {name: folder / name / "model.onnx" for name, known in facts.items() if "reason" not in known}
+    models["teacher"] = job.run / "teacher.onnx"
+    timings = measure_models(models, job.device, job.experiment.finalists.seconds, job.progress.update)
+    return judge(entrants, facts, timings, folder, reward, cost, limits), timings
+
+
+class _Watch:
+    """Turns trials into progress."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total = progress, total
+        self.done, self.best = 0, -math.inf
+
+    def __call__(self, trial: Trial) -> None:
+        self.done += 1
+        if trial.violation == 0 and trial.reward > self.best:
+            self.best = trial.reward
+        so_far = f"best reward {self.best:.4f}" if math.isfinite(self.best) else "nothing yet"
+        self.progress.update(self.done / self.total, f"{self.done}/{self.total} candidates, {so_far}")
