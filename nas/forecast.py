@@ -58,7 +58,7 @@ def _table(job: Job) -> tuple[list[str], float, Candidate]:
     genomes = job.space.sample(rng, SAMPLES)
     if table is None:
         section = job.experiment.table
-        seconds = section.seconds + section.nets * EXPORT_SECONDS / job.workers + 0.02 * len(job.space.keys())
+        seconds = section.seconds + section.nets * EXPORT_SECONDS / max(1, job.workers) + 0.02 * len(job.space.keys())
         line = f"no table for this device: building one takes about {seconds:.0f} s; then it is known what is feasible"
         return [*notes, line], seconds, job.space.decode(genomes[0])
     estimator = AdditiveEstimator(job.space, table, COSTS)
@@ -101,7 +101,7 @@ def _steps(job: Job, recipe: Recipe) -> int:
 def _seconds_per_step(job: Job, candidate: Candidate) -> float:
     from nas.evaluators.train import train
 
-    steps = 3
+    steps = 8  # fewer, and the optimiser's own start would be the figure
     size = steps * job.recipe.batch_size
     lessons = job.untaught.lessons
     few = type(lessons)(lessons.x[:1, :size], lessons.y[:size], None)
@@ -119,4 +119,4 @@ def _training_seconds(job: Job, step: float, largest: float) -> float:
     arms = 1 + ("random" in e.baselines)
     finalists = arms * e.finalists.count + ("uniform" in e.baselines)
     trained = arms * e.search.trials * step * _steps(job, job.recipe) + finalists * step * _steps(job, job.long_recipe)
-    return (teacher + trained) / job.workers + e.finalists.seconds + 15
+    return (teacher + trained) / max(1, job.workers) + e.finalists.seconds + 15

@@ -144,15 +144,20 @@ class Job:
             found = find_table(section.path, self.space, self.device, self.warn)
             if found is None:
                 self.progress.note(f"no table for this device yet: measuring {len(self.space.keys())} parts")
-                found = build_table(
-                    self.untaught, self.device, executor,
-                    seconds=section.seconds, nets=section.nets, noise=section.noise, progress=self.progress.update,
-                )  # fmt: skip
+                found = self.build(executor)
                 found.save(cached_path(self.space, self.device))
             table = found
             table.save(kept)
         self.progress.note(f"table {describe(table)}")
         return table
+
+    def build(self, executor: Executor) -> LatencyTable:
+        """A new table, measured now."""
+        section = self.experiment.table
+        return build_table(
+            self.untaught, self.device, executor,
+            seconds=section.seconds, nets=section.nets, noise=section.noise, progress=self.progress.update,
+        )  # fmt: skip
 
     def teacher(self, executor: Executor) -> Teacher:
         """The teacher, from the machine's cache where it was trained before."""
@@ -271,9 +276,15 @@ def open_run(experiment: Experiment, run: Path, resume: bool) -> None:
         raise StudyError(
             f"{run} holds a run already.", remedy="--resume to go on with it, or another folder with --out"
         )
-    text = yaml.safe_dump(experiment.plain(), sort_keys=False)
-    if not kept.exists() or kept.read_text() != text:
-        write_atomic(kept, text)
+    if kept.exists():
+        # Before anything is overwritten: table, teacher and budget in the folder belong to what was begun there.
+        before, now = Experiment.model_validate(yaml.safe_load(kept.read_text())).identity, experiment.identity
+        if changed := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
+            raise StudyError(
+                f"The run in {run} belongs to another experiment: {', '.join(changed)} changed.",
+                remedy="undo the change, or start afresh with another --out",
+            )
+    write_atomic(kept, yaml.safe_dump(experiment.plain(), sort_keys=False))
 
 
 def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress: Progress | None = None) -> Path:
@@ -346,14 +357,10 @@ def build_only(experiment: Experiment, out: Path | None, progress: Progress) -> 
     """Profile the experiment's space on its device, now; returns the table's file."""
     torch.set_num_threads(1)
     job = Job(experiment, Path("."), progress)
-    section = experiment.table
     path = out or cached_path(job.space, job.device)
     progress.stage("latency table")
     with job.executor(job.untaught) as workers:
-        table = build_table(
-            job.untaught, job.device, workers,
-            seconds=section.seconds, nets=section.nets, noise=section.noise, progress=progress.update,
-        )  # fmt: skip
+        table = job.build(workers)
     table.save(path)
     progress.note(describe(table))
     return path

@@ -111,6 +111,7 @@ def test_a_second_process_is_refused_and_a_changed_experiment_too(
     assert changed.returncode == 2
     assert "training" in changed.stderr
     assert "another experiment" in changed.stderr
+    assert "epochs: 4" not in (whole / "experiment.yaml").read_text(), "a refused resume leaves the run as it was"
 
 
 def test_workers_do_not_change_the_search(prepared: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:

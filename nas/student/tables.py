@@ -13,6 +13,7 @@ import torch
 from nas import content
 from nas.errors import TableError
 from nas.evaluators import Distil
+from nas.evaluators.distil import skeleton
 from nas.evaluators.train import SAMPLE
 from nas.executors import Executor
 from nas.files import digest
@@ -87,16 +88,10 @@ def build_table(
 
 def untrained_onnx(student: Distil, genome: Genomes) -> bytes:
     """The exported, compressed network of a genome with random weights; time does not depend on them."""
-    return untrained_model(student, genome).SerializeToString()
-
-
-def untrained_model(student: Distil, genome: Genomes) -> onnx.ModelProto:
-    """As :func:`untrained_onnx`, as a model."""
-    from nas.evaluators.distil import skeleton
-
     candidate = student.space.decode(genome)
     x: Any = student.task.split("train")[0][:SAMPLE]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = skeleton(student.space, candidate, x)
-    return to_onnx(model, student.space.training(candidate).compression, x[:1], np.asarray(x))
+    plan = student.space.training(candidate).compression
+    return to_onnx(model, plan, x[:1], np.asarray(x)).SerializeToString()

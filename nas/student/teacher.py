@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from nas.registry import import_object
 from nas.space import Genomes, SearchSpace, Training
 from nas.student.export import export_float
 from nas.tasks import Task
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
