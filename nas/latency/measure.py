@@ -86,6 +86,10 @@ class Measurement:
         first, second = self.values(names, how, slice(0, None, 2)), self.values(names, how, slice(1, None, 2))
         return float(np.mean(np.abs(first - second) / ((first + second) / 2)))
 
+    def best_aggregator(self, names: Sequence[str], among: Sequence[str] = AGGREGATORS) -> str:
+        """The aggregator under which repeated measurements of ``names`` agree best."""
+        return min(among, key=lambda how: self.disagreement(names, how))
+
 
 def interleave(
     runners: Mapping[str, Runner],

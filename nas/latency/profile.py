@@ -91,7 +91,7 @@ def _assemble(
     device: Device,
 ) -> LatencyTable:
     # Nets are judged by an honest middle (not a minimum); parts by whatever predicts the nets best.
-    net_how = min(("median", "ratio"), key=lambda how: seen.disagreement(names, how))
+    net_how = seen.best_aggregator(names, ("median", "ratio"))
     measured = {
         "latency_ms": seen.values(names, net_how),
         "latency_p95_ms": np.array([seen.samples[name].timing().p95 for name in names]),
