@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nas.controller import Budget, Counts, SearchController, best, front, spread
+from nas.controller import Budget, Counts, SearchController, best, front, objective, spread
 from nas.errors import StudyError
 from nas.executors import Executor
 from nas.latency import AdditiveEstimator
@@ -44,7 +44,9 @@ def search_arm(
     watch = _Watch(job.progress, e.search.trials)
     controller = SearchController(
         space=job.space,
-        strategy=job.strategy(kind, settings, e.seed if arm == "search" else e.seed + 10_000),
+        strategy=job.strategy(
+            kind, settings, e.seed if arm == "search" else e.seed + 10_000, objective(estimator, limits, reward, cost)
+        ),
         estimator=estimator,
         executor=executor,
         reward=reward,

@@ -27,7 +27,7 @@ from nas.latency import CostEstimator
 from nas.locks import training_lock
 from nas.reward import Limit, Reward, pareto_front, violation
 from nas.space import Genomes, SearchSpace
-from nas.strategies.base import ASKED, COMPLETE, DUPLICATE, FAILED, SCREENED, Outcomes, Proposals, Strategy
+from nas.strategies.base import ASKED, COMPLETE, DUPLICATE, FAILED, SCREENED, Objective, Outcomes, Proposals, Strategy
 from nas.study import Study, Trial
 
 Array = npt.NDArray[np.float64]
@@ -271,6 +271,24 @@ class _Priced:
         return _Priced(
             joined, np.concatenate([self.costs, other.costs]), np.concatenate([self.violation, other.violation])
         )
+
+
+def objective(estimator: CostEstimator, limits: tuple[Limit, ...], reward: Reward, cost: str) -> Objective:
+    """What strategies may know beforehand: the prices, the budgets and the reward, and nothing of any quality."""
+    column = estimator.costs.index(cost)
+
+    def rewarded(quality: Array, costs: Array) -> Array:
+        values = np.full(len(quality), math.nan)
+        for positive in (quality > 0, quality <= 0):
+            try:
+                values[positive] = reward(quality[positive], costs[positive, column])
+            except RewardError:  # not defined for a quality ≤ 0: such a prediction is no candidate
+                continue
+        return values
+
+    return Objective(
+        estimator.costs, estimator.price, lambda costs: violation(costs, estimator.costs, limits), rewarded
+    )
 
 
 def evaluate_one(evaluator: Evaluator, item: tuple[Genomes, float]) -> Evaluation:

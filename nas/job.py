@@ -38,7 +38,7 @@ from nas.progress import Progress, Silent
 from nas.reward import Limit, Reward, rewards, violation
 from nas.settings import construct
 from nas.space import SearchSpace
-from nas.strategies import Domain, Strategy, strategies
+from nas.strategies import Domain, Objective, Strategy, strategies
 from nas.student.finalists import Entrant, Finalist, measure_models
 from nas.student.tables import build_table, cached_path, find_table
 from nas.student.teacher import Teacher, family_teacher, own_teacher
@@ -246,10 +246,10 @@ class Job:
             )
         return share
 
-    def strategy(self, kind: str, settings: dict[str, Any], seed: int) -> Strategy:
+    def strategy(self, kind: str, settings: dict[str, Any], seed: int, objective: Objective | None = None) -> Strategy:
         """A strategy over this space's genes."""
         ordered = np.array([choice.ordered for choice in self.space.choices])
-        domain = Domain(self.space.cardinalities, ordered, self.space.active)
+        domain = Domain(self.space.cardinalities, ordered, self.space.active, self.space.kinds, objective)
         return construct(strategies.get(kind), settings, domain, seed, where="strategy")
 
     def warn(self, text: str) -> None:

@@ -23,6 +23,15 @@ class Registry(Generic[T]):
     def __init__(self, what: str) -> None:
         self.what = what
         self._items: dict[str, T] = {}
+        self._families: dict[str, Callable[[str], T] | str] = {}
+
+    def family(self, prefix: str, make: Callable[[str], T] | str) -> None:
+        """Let ``prefix:rest`` stand for what ``make(rest)`` returns: plug-ins made of other plug-ins.
+
+        Args:
+            make: a function, or the ``module:name`` of one that is imported when first needed.
+        """
+        self._families[prefix] = make
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that enters an item under ``name``."""
@@ -34,17 +43,21 @@ class Registry(Generic[T]):
         return enter
 
     def get(self, name: str) -> T:
-        """The item called ``name``, or the object that ``module:name`` points at.
+        """The item called ``name``, one of a family (``prefix:rest``), or the object that ``module:name`` points at.
 
         Raises:
             ContentError: the name is unknown, or the module cannot be imported.
         """
-        if ":" in name:
+        prefix, colon, rest = name.partition(":")
+        if colon and prefix in self._families:
+            make = self._families[prefix]
+            return (import_object(make, self.what) if isinstance(make, str) else make)(rest)
+        if colon:
             return import_object(name, self.what)
         if name not in self._items:
             raise ContentError(
                 f"Unknown {self.what} {name!r}.",
-                expected=f"one of {', '.join(sorted(self._items))}, or 'module:name'",
+                expected=f"one of {', '.join([*self, *(f'{p}:NAME' for p in self._families)])}, or 'module:name'",
             )
         return self._items[name]
 

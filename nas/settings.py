@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
@@ -42,6 +43,8 @@ def construct(plugin: Callable[..., T], settings: Mapping[str, Any], *args: Any,
 
 
 def _hints(plugin: Callable[..., Any]) -> dict[str, Any]:
+    if isinstance(plugin, functools.partial):
+        return _hints(plugin.func)
     target: Any = getattr(plugin, "__init__") if inspect.isclass(plugin) else plugin  # noqa: B009
     try:
         return typing.get_type_hints(target)

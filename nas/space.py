@@ -219,6 +219,13 @@ class SearchSpace(abc.ABC):
         return np.array([len(choice.values) for choice in self.choices], dtype=np.int64)
 
     @cached_property
+    def kinds(self) -> npt.NDArray[np.int64]:
+        """Choices of one kind take the same values in the same role, told by the last part of the name: equal
+        numbers, ``[choices]``."""
+        roles = [(choice.name.rpartition(".")[2], choice.values) for choice in self.choices]
+        return np.array([roles.index(role) for role in roles], dtype=np.int64)
+
+    @cached_property
     def position(self) -> dict[str, int]:
         """Column of each choice in a genome."""
         return {choice.name: i for i, choice in enumerate(self.choices)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,10 +12,34 @@ import numpy.typing as npt
 
 from nas.registry import Registry
 from nas.space import Genomes
+from nas.strategies.draws import Draws
 
 Array = npt.NDArray[np.float64]
 COMPLETE, FAILED, SCREENED, DUPLICATE = "complete", "failed", "screened", "duplicate"
 ASKED, ENQUEUED, EARLIER = "asked", "enqueued", "earlier"
+REDRAWS = 8
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is known of the objective without training anything: costs are looked up, only quality is dear.
+
+    Attributes:
+        costs: names of the costs.
+        price: genomes ``[n, choices]`` → costs ``[n, k]``.
+        violation: costs ``[n, k]`` → how far hard budgets are broken ``[n]``; 0 = feasible. May be infinite.
+        reward: quality ``[n]`` and costs ``[n, k]`` → R(α) ``[n]``, for any finite quality (NaN where the reward is
+            not defined for it).
+    """
+
+    costs: tuple[str, ...]
+    price: Callable[[Genomes], Array]
+    violation: Callable[[Array], Array]
+    reward: Callable[[Array, Array], Array]
+
+
+def _everything(genomes: Genomes) -> npt.NDArray[np.bool_]:
+    return np.ones(np.atleast_2d(genomes).shape, dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -25,11 +50,22 @@ class Domain:
         cardinalities: values per choice, ``[choices]``.
         ordered: whether neighbouring values are alike, ``[choices]``.
         active: genomes ``[n, choices]`` → bool mask of the genes that are not dormant.
+        kinds: choices of one kind take the same values in the same role (the kernel size of every block): equal
+            numbers, ``[choices]``. None: nothing is known, every choice is of its own kind.
+        objective: what is known of the objective beforehand; None where costs are part of the unknown.
     """
 
     cardinalities: npt.NDArray[np.int64]
     ordered: npt.NDArray[np.bool_]
-    active: Callable[[Genomes], npt.NDArray[np.bool_]]
+    active: Callable[[Genomes], npt.NDArray[np.bool_]] = _everything
+    kinds: npt.NDArray[np.int64] | None = None
+    objective: Objective | None = None
+
+    def canonical(self, genomes: Genomes) -> Genomes:
+        """The genomes with every dormant gene at 0: equal rows have equal quality."""
+        if self.active is _everything:
+            return genomes
+        return np.where(self.active(genomes), genomes, 0)
 
 
 @dataclass(frozen=True)
@@ -66,18 +102,31 @@ class Outcomes:
     status: npt.NDArray[np.str_]
     source: npt.NDArray[np.str_]
 
+    def __len__(self) -> int:
+        return len(self.index)
+
     @property
     def scored(self) -> npt.NDArray[np.bool_]:
         """Rows that have a reward."""
-        return np.isin(self.status, (COMPLETE, DUPLICATE))
+        return (self.status == COMPLETE) | (self.status == DUPLICATE)
+
+    def rows(self, which: npt.NDArray[np.bool_] | npt.NDArray[np.intp] | list[int]) -> Outcomes:
+        """Some of the rows, by mask or by position."""
+        return Outcomes(
+            self.index[which], self.genomes[which], self.quality[which], self.costs[which], self.violation[which],
+            self.reward[which], self.fidelity[which], self.status[which], self.source[which],
+        )  # fmt: skip
 
 
 class Strategy(abc.ABC):
     """Proposes candidates; maximises the reward.
 
-    Contract: the proposals are a function of the seed and of the outcomes told before each ``ask``; candidate
-    number *n* draws from ``default_rng((seed, n))`` and from nothing else. Outcomes that were not "asked" may be
-    told at any time. ``nas.testing.check_strategy`` tests it for any implementation.
+    Contract: the proposals are a function of the seed and of the calls before; what proposal *n* draws is a
+    function of (seed, *n*) (:class:`~nas.strategies.draws.Draws`). Proposals that are under way (asked for and not
+    yet told) are not proposed again while anything else can be drawn. Outcomes that were not "asked" may be told at
+    any time. Memory does not grow with what is asked. ``nas.testing.check_strategy`` tests it for any implementation.
+
+    A subclass implements :meth:`propose` and :meth:`learn`.
 
     Args:
         domain: the genes.
@@ -87,21 +136,56 @@ class Strategy(abc.ABC):
     def __init__(self, domain: Domain, seed: int = 0) -> None:
         self.domain, self.seed = domain, seed
         self._asked = 0
+        self._waiting: dict[int, bytes] = {}  # number → canonical genome, of what is asked for and not yet told
+        self._taken: Counter[bytes] = Counter()
+
+    @property
+    def pending(self) -> Genomes:
+        """Canonical genomes under way: asked for, not yet told; ``[waiting, choices]``."""
+        rows = [np.frombuffer(row, dtype=np.int64) for row in self._waiting.values()]
+        return np.array(rows, dtype=np.int64).reshape(len(rows), len(self.domain.cardinalities))
 
     def ask(self, n: int = 1) -> Proposals:
-        """``n`` proposals under the next ``n`` numbers."""
+        """``n`` proposals under the next ``n`` numbers, different from each other and from all under way."""
         index = np.arange(self._asked, self._asked + n, dtype=np.int64)
         self._asked += n
-        rows = [self.propose(np.random.default_rng((self.seed, int(i)))) for i in index]
-        return Proposals(index, np.array(rows, dtype=np.int64).reshape(n, len(self.domain.cardinalities)), np.ones(n))
+        genomes = np.empty((n, len(self.domain.cardinalities)), dtype=np.int64)
+        left = np.arange(n)
+        for attempt in range(REDRAWS):
+            if not len(left):
+                break
+            genomes[left] = self.propose(Draws(self.seed, index[left], attempt))
+            left = self._reserve(index, genomes, left, last=attempt == REDRAWS - 1)
+        return Proposals(index, genomes, np.ones(n))
 
-    @abc.abstractmethod
-    def propose(self, rng: np.random.Generator) -> Genomes:
-        """One genome ``[choices]`` drawn with ``rng`` from the present state, which it must not change."""
-
-    @abc.abstractmethod
     def tell(self, outcomes: Outcomes) -> None:
-        """Learn from outcomes; rows without a reward must be tolerated."""
+        """Learn from outcomes; rows without a reward are tolerated."""
+        for number, source in zip(outcomes.index.tolist(), outcomes.source.tolist(), strict=True):
+            if source == ASKED and (row := self._waiting.pop(number, None)) is not None:
+                self._taken[row] -= 1
+                if not self._taken[row]:
+                    del self._taken[row]
+        self.learn(outcomes)
+
+    @abc.abstractmethod
+    def propose(self, draws: Draws) -> Genomes:
+        """A genome for each number in ``draws``, ``[len(draws), choices]``, from the present state, left unchanged."""
+
+    @abc.abstractmethod
+    def learn(self, outcomes: Outcomes) -> None:
+        """Take outcomes into the state."""
+
+    def _reserve(self, index: Genomes, genomes: Genomes, rows: Genomes, last: bool) -> Genomes:
+        """Mark the proposals as under way; returns the rows that repeat another (none of them, on the last try)."""
+        repeated = []
+        for row, genome in zip(rows.tolist(), self.domain.canonical(genomes[rows]), strict=True):
+            key = genome.tobytes()
+            if not last and key in self._taken:
+                repeated.append(row)
+                continue
+            self._waiting[int(index[row])] = key
+            self._taken[key] += 1
+        return np.array(repeated, dtype=np.int64)
 
 
 strategies: Registry[type[Strategy]] = Registry("strategy")

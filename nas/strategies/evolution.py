@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
 
 from nas.errors import ExperimentError
 from nas.space import Genomes
 from nas.strategies.base import Domain, Outcomes, Strategy, strategies
+from nas.strategies.draws import Draws
+from nas.strategies.variation import mutate
 
 
 @strategies.register("evolution")
@@ -16,8 +16,9 @@ class AgingEvolution(Strategy):
     """Regularised evolution (Real et al. 2019, "Regularized Evolution for Image Classifier Architecture Search").
 
     Algorithm 1 of the paper: random genomes until the population is full; then the best of ``sample`` random
-    members is mutated, the child enters, and the oldest member dies, whatever its reward. A mutation changes one
-    gene that is not dormant; an ordered choice moves to a neighbouring value half of the time.
+    members (drawn with replacement, as there) is mutated, the child enters, and the oldest member dies, whatever
+    its reward. A mutation changes one gene that is not dormant; an ordered choice moves to a neighbouring value half
+    of the time.
 
     Args:
         population: members kept (the paper's P; 100 there, less for small budgets).
@@ -30,33 +31,24 @@ class AgingEvolution(Strategy):
             raise ExperimentError(
                 f"strategy: sample {sample}, population {population}.", expected="1 ≤ sample ≤ population"
             )
-        self.population_size, self.sample = population, sample
-        self.population: deque[tuple[Genomes, float]] = deque(maxlen=population)
         if not (domain.cardinalities > 1).any():
             raise ExperimentError("Every choice of the space has one value.", expected="something to mutate")
+        self.sample = sample
+        self.genomes = np.zeros((population, len(domain.cardinalities)), dtype=np.int64)
+        self.rewards = np.full(population, -np.inf)
+        self.born = 0  # a ring: the next one born takes the place of the oldest
 
-    def propose(self, rng: np.random.Generator) -> Genomes:
-        if len(self.population) < self.population_size:
-            return rng.integers(0, self.domain.cardinalities)
-        rivals = rng.choice(len(self.population), self.sample, replace=False)
-        parent, _ = max((self.population[int(i)] for i in rivals), key=lambda member: member[1])
-        return self._mutate(parent, rng)
+    def propose(self, draws: Draws) -> Genomes:
+        population = len(self.rewards)
+        if self.born < population:
+            return draws.integers(self.domain.cardinalities)
+        rivals = draws.integers(np.full(self.sample, population))
+        winners = rivals[np.arange(len(rivals)), self.rewards[rivals].argmax(axis=1)]
+        return mutate(self.genomes[winners], draws, self.domain)
 
-    def tell(self, outcomes: Outcomes) -> None:
-        for genome, reward, scored in zip(outcomes.genomes, outcomes.reward, outcomes.scored, strict=True):
-            if scored:
-                self.population.append((genome.copy(), float(reward)))
-
-    def _mutate(self, parent: Genomes, rng: np.random.Generator) -> Genomes:
-        child = parent.copy()
-        sizes = self.domain.cardinalities
-        open_genes = np.flatnonzero(self.domain.active(parent[None])[0] & (sizes > 1))
-        if not len(open_genes):
-            open_genes = np.flatnonzero(sizes > 1)
-        gene = int(rng.choice(open_genes))
-        if self.domain.ordered[gene] and rng.random() < 0.5:
-            near = [v for v in (child[gene] - 1, child[gene] + 1) if 0 <= v < sizes[gene]]
-            child[gene] = near[int(rng.integers(len(near)))]
-        else:
-            child[gene] = (child[gene] + rng.integers(1, sizes[gene])) % sizes[gene]
-        return child
+    def learn(self, outcomes: Outcomes) -> None:
+        rows = np.flatnonzero(outcomes.scored)
+        rows = rows[-len(self.rewards) :] if len(rows) > len(self.rewards) else rows
+        places = (self.born + np.arange(len(rows))) % len(self.rewards)
+        self.genomes[places], self.rewards[places] = outcomes.genomes[rows], outcomes.reward[rows]
+        self.born += len(rows)

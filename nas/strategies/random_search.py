@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from nas.space import Genomes
 from nas.strategies.base import Outcomes, Strategy, strategies
+from nas.strategies.draws import Draws
 
 
 @strategies.register("random")
 class RandomSearch(Strategy):
     """Draws every gene uniformly and learns nothing."""
 
-    def propose(self, rng: np.random.Generator) -> Genomes:
-        return rng.integers(0, self.domain.cardinalities)
+    def propose(self, draws: Draws) -> Genomes:
+        return draws.integers(self.domain.cardinalities)
 
-    def tell(self, outcomes: Outcomes) -> None:
+    def learn(self, outcomes: Outcomes) -> None:
         pass

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from nas.errors import ExperimentError
 from nas.space import Genomes
 from nas.strategies.base import ASKED, Domain, Outcomes, Strategy, strategies
+from nas.strategies.draws import Draws
 
 Array = npt.NDArray[np.float64]
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
@@ -60,12 +61,13 @@ class Reinforce(Strategy):
         exp = np.exp(logits - logits.max(axis=1, keepdims=True))
         return np.asarray(exp / exp.sum(axis=1, keepdims=True))
 
-    def propose(self, rng: np.random.Generator) -> Genomes:
-        cumulative = np.cumsum(self._policy_once(), axis=1)
-        draws = rng.random((len(cumulative), 1))
-        return np.minimum((draws > cumulative).sum(axis=1), self.domain.cardinalities - 1)
+    def propose(self, draws: Draws) -> Genomes:
+        cumulative = np.cumsum(self.policy, axis=1)
+        uniform = draws.uniform(len(cumulative))
+        below = (uniform[:, :, None] > cumulative).sum(axis=2)
+        return np.asarray(np.minimum(below, self.domain.cardinalities - 1))
 
-    def tell(self, outcomes: Outcomes) -> None:
+    def learn(self, outcomes: Outcomes) -> None:
         rows = outcomes.scored & (outcomes.source == ASKED)
         if not rows.any():
             return
@@ -78,12 +80,6 @@ class Reinforce(Strategy):
         gradient += self.entropy * self._entropy_gradient(policy)
         self._ascend(gradient)
         self.entropy *= self.entropy_decay
-
-    def _policy_once(self) -> Array:
-        # Asking in batches proposes many candidates from one state; the softmax is the same for all.
-        if getattr(self, "_cached_at", None) != self._updates:
-            self._cached_policy, self._cached_at = self.policy, self._updates
-        return self._cached_policy
 
     def _advantage(self, reward: Array) -> Array:
         """(R − b)/σ with averages that count the new rewards in; the first batch starts them."""

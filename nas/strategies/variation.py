@@ -1,0 +1,53 @@
+"""Mutation and crossover of genome matrices: what every evolutionary strategy shares."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nas.space import Genomes
+from nas.strategies.base import Domain
+from nas.strategies.draws import Draws
+
+NEIGHBOUR = 0.5
+
+
+def mutate(parents: Genomes, draws: Draws, domain: Domain) -> Genomes:
+    """Children ``[n, choices]`` that differ from their parents in exactly one gene, one that is not dormant.
+
+    An ordered choice moves to a neighbouring value half of the time; any other value is as likely as the next.
+    """
+    n, sizes = len(parents), domain.cardinalities
+    movable = np.broadcast_to(sizes > 1, parents.shape)
+    eligible = movable & domain.active(parents)
+    eligible = np.where(eligible.any(axis=1, keepdims=True), eligible, movable)
+    gene = pick_true(eligible, draws.uniform(1)[:, 0])
+    rows = np.arange(n)
+    value, size = parents[rows, gene], sizes[gene]
+    how, near, far = draws.uniform(3).T
+    # Any other value: a jump of 1..size−1 around the circle. A neighbour: up or down, inwards at the ends.
+    anywhere = (value + 1 + (far * (size - 1)).astype(np.int64)) % size
+    step = np.where(near < 0.5, -1, 1)
+    step = np.where(value == 0, 1, np.where(value == size - 1, -1, step))
+    children = parents.copy()
+    children[rows, gene] = np.where(domain.ordered[gene] & (how < NEIGHBOUR), value + step, anywhere)
+    return children
+
+
+def crossover(first: Genomes, second: Genomes, draws: Draws, domain: Domain) -> Genomes:
+    """Uniform crossover: each gene from either parent; an ordered one lies anywhere between them half of the time."""
+    d = first.shape[1]
+    child = np.where(draws.uniform(d) < 0.5, first, second)
+    if domain.ordered.any():
+        low, high = np.minimum(first, second), np.maximum(first, second)
+        between = low + (draws.uniform(d) * (high - low + 1)).astype(np.int64)
+        child = np.where(domain.ordered & (draws.uniform(d) < 0.5), between, child)
+    return child
+
+
+def pick_true(
+    mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], uniform: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+) -> Genomes:
+    """Column of a uniformly chosen true entry of each row of ``mask [n, d]``, by numbers ``uniform [n]`` in [0, 1)."""
+    ranks = np.cumsum(mask, axis=1)
+    wanted = (uniform * ranks[:, -1]).astype(np.int64) + 1
+    return np.asarray((ranks >= wanted[:, None]).argmax(axis=1))
