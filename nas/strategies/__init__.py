@@ -5,8 +5,9 @@ from nas.strategies.draws import Draws
 from nas.strategies.evolution import AgingEvolution
 from nas.strategies.random_search import RandomSearch
 from nas.strategies.reinforce import Reinforce
+from nas.strategies.surrogate import Surrogate
 
 __all__ = [
     "AgingEvolution", "Domain", "Draws", "Objective", "Outcomes", "Proposals", "RandomSearch", "Reinforce", "Strategy",
-    "strategies",
+    "Surrogate", "strategies",
 ]  # fmt: skip
