@@ -193,6 +193,9 @@ class Dormancy:
     Args:
         compiled: the functions.
         cardinalities: values per choice, ``[choices]``.
+
+    Attributes:
+        always: mask of the genes that are read whatever the others are, ``[choices]``.
     """
 
     def __init__(self, compiled: Iterable[Compiled[Any]], cardinalities: npt.NDArray[np.int64]) -> None:
