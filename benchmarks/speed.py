@@ -1,10 +1,11 @@
-"""Speed of what is not training: pricing, asking and telling, and the controller's own overhead.
+"""Speed of what is not training and no strategy: pricing, identities, and the controller's own overhead.
 
     python benchmarks/speed.py
 
-Prints one JSON line each: estimator (candidates per second on one core, mobile space and the digits example),
-strategies (µs per ask + tell in batches of 100), controller (ms per candidate with a free evaluator and a journal).
-Needs no device: the table is synthetic, which changes no instruction that is executed.
+Prints one JSON line each: estimator (candidates per second of processor time, by space and number of costs),
+identities (µs of processor time per candidate of dormant genes and of canonical ids, in batches of 1, 4 and 100),
+controller (ms per candidate with a free evaluator and a journal). How fast the strategies are is measured by
+benchmarks/scaling.py. Needs no device: the table is synthetic, which changes no instruction that is executed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +25,8 @@ from nas.executors import Serial
 from nas.experiment import load_experiment
 from nas.latency import AdditiveEstimator
 from nas.reward import Limit, MnasNetSoft
-from nas.space import SearchSpace, TaskInfo
-from nas.strategies import Domain, Outcomes, strategies
-from nas.strategies.base import ASKED, COMPLETE
+from nas.space import Genomes, SearchSpace, TaskInfo
+from nas.strategies import Domain, strategies
 from nas.study import Study
 from nas.testing import synthetic_table
 
@@ -34,6 +35,17 @@ MOBILE = {
     "widths": [[16, 24], [24, 32], [48, 64], [96, 128]], "depths": [[1, 2], [1, 2, 3], [1, 2, 3], [1, 2, 3]],
     "expansions": [3, 4, 6], "prune": [0.0, 0.25, 0.5],
 }  # fmt: skip
+
+
+def mobile_spaces() -> dict[str, SearchSpace]:
+    """The bundled mobile space as the digits example has it, with its defaults, and of a size for phones."""
+    digits = load_experiment("digits").space.settings
+    phone = TaskInfo((3, 224, 224), 1000, (0.0,) * 3, (1.0,) * 3)
+    return {
+        "digits example": load_space("mobilenet", TaskInfo((1, 8, 8), 10), digits),
+        "mobile defaults": load_space("mobilenet", TaskInfo((1, 28, 28), 10), {}),
+        "mobile 224": load_space("mobilenet", phone, MOBILE),
+    }
 
 
 def domain(space: SearchSpace) -> Domain:
@@ -47,9 +59,9 @@ def estimator(name: str, space: SearchSpace, costs: tuple[str, ...]) -> dict[str
     genomes = space.sample(np.random.default_rng(0), 400_000)
     rates = []
     for _ in range(7):
-        start = time.perf_counter()
+        start = time.process_time()
         pricer.price(genomes)
-        rates.append(len(genomes) / (time.perf_counter() - start))
+        rates.append(len(genomes) / (time.process_time() - start))
     exact = all(
         np.allclose(pricer.price(g)[0], pricer.price_slowly(space.decode(g)), rtol=1e-12) for g in genomes[:200]
     )
@@ -60,21 +72,22 @@ def estimator(name: str, space: SearchSpace, costs: tuple[str, ...]) -> dict[str
     }  # fmt: skip
 
 
-def ask_tell(name: str, space: SearchSpace, batches: int = 100, size: int = 100) -> dict[str, object]:
-    """µs per candidate of ask + tell."""
-    strategy = strategies.get(name)(domain(space), 0)
-    start = time.perf_counter()
-    for _ in range(batches):
-        asked = strategy.ask(size)
-        quality = asked.genomes.mean(axis=1)
-        zeros = np.zeros(size)
-        source, status = np.full(size, ASKED), np.full(size, COMPLETE)
-        strategy.tell(
-            Outcomes(
-                asked.index, asked.genomes, quality, zeros[:, None], zeros, quality, asked.fidelity, status, source
-            )
-        )
-    return {"strategy": name, "us_per_candidate": round(1e6 * (time.perf_counter() - start) / (batches * size), 1)}
+def identities(name: str, space: SearchSpace) -> dict[str, object]:
+    """µs per candidate of finding its dormant genes, and of its canonical id, by size of the batch."""
+    line: dict[str, object] = {"identities": name, "choices": len(space.choices)}
+    for what, function in (("active_us", space.active), ("canonical_id_us", space.canonical_ids)):
+        line[what] = {str(n): timed(function, space.sample(np.random.default_rng(0), n)) for n in (1, 4, 100)}
+    return line
+
+
+def timed(function: Callable[[Genomes], object], genomes: Genomes, times: int = 300) -> float:
+    """µs per row, median of many calls."""
+    spent = []
+    for _ in range(times):
+        start = time.process_time()
+        function(genomes)
+        spent.append(time.process_time() - start)
+    return round(1e6 * float(np.median(spent)) / len(genomes), 2)
 
 
 def controller(space: SearchSpace, trials: int = 300) -> dict[str, object]:
@@ -99,15 +112,13 @@ def controller(space: SearchSpace, trials: int = 300) -> dict[str, object]:
 
 def main() -> None:
     """Print all of it."""
-    digits = load_experiment("digits")
-    example = load_space("mobilenet", TaskInfo((1, 8, 8), 10), digits.space.settings)
-    mobile = load_space("mobilenet", TaskInfo((3, 224, 224), 1000, (0.0,) * 3, (1.0,) * 3), MOBILE)
-    for name, space in (("digits example", example), ("mobile 224", mobile)):
+    spaces = mobile_spaces()
+    for name, space in spaces.items():
         for costs in (("latency_ms",), ("latency_ms", "latency_p95_ms", "size_bytes")):
             print(json.dumps(estimator(name, space, costs)), flush=True)
-    for name in ("random", "evolution", "reinforce"):
-        print(json.dumps(ask_tell(name, mobile)), flush=True)
-    print(json.dumps(controller(example)), flush=True)
+    for name, space in spaces.items():
+        print(json.dumps(identities(name, space)), flush=True)
+    print(json.dumps(controller(spaces["digits example"])), flush=True)
 
 
 if __name__ == "__main__":

@@ -130,12 +130,12 @@ class SearchController:
         """Rows to evaluate, and for the rest quality and status: screened, or a duplicate of what is known."""
         new: list[int] = []
         quality, status = [math.nan] * len(asked), [""] * len(asked)
-        for i, genome in enumerate(asked.proposals.genomes):
+        identities = self.space.canonical_ids(asked.proposals.genomes)
+        for i, identity in enumerate(identities):
             if asked.violation[i] > 0:
                 status[i] = SCREENED
                 self.counts.infeasible += 1
                 continue
-            identity = self.space.canonical_id(genome)
             if identity in self._quality:
                 quality[i] = self._quality[identity]
                 status[i] = FAILED if math.isnan(quality[i]) else DUPLICATE

@@ -1,142 +1,33 @@
-"""Search spaces: named choices, candidates, and the two projections (what is trained, what it costs).
+"""Search spaces: named choices and a candidate's two projections, what is trained and what it costs.
 
 A *genome* is a row of small integers, one index per choice; a *candidate* is the mapping of names to
-values that people read. A space describes what a candidate costs by *sites*: functions from a candidate
-to the parts that the runtime will execute. Sites read genes through a recording candidate, and from those
-reads come the dormant genes, the canonical form of a genome, and the compiled estimator.
+values that people read. A space describes what a candidate costs by *sites*, functions from a candidate
+to the parts that the runtime will execute, and how it is taught and compressed by *treatments*. Both read
+genes through a recording candidate, and from those reads come the dormant genes, the canonical form of a
+genome, and the compiled estimator.
 """
 
 from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from nas.errors import SpaceError
+from nas.genes import Candidate, Choice, Compiled, Dormancy, Genomes, Value, enumerated
 from nas.parts import Part
 
 if TYPE_CHECKING:
     from torch import nn
 
-Value = int | float | str | bool
-Genomes = npt.NDArray[np.int64]
-MAX_TABLE_ENTRIES = 2_000_000
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One named decision and the values that it may take.
-
-    Args:
-        name: unique name, dotted by convention (``stage1.depth``).
-        values: the values, at least one, all different.
-        ordered: whether neighbours in ``values`` are alike (numbers in rising order are, by default).
-    """
-
-    name: str
-    values: tuple[Value, ...]
-    ordered: bool = field(default=False)
-
-    def __init__(self, name: str, values: Iterable[Value], ordered: bool | None = None) -> None:
-        values = tuple(values)
-        if not values:
-            raise SpaceError(f"Choice {name!r} has no values.", expected="at least one value")
-        if len(set(values)) != len(values):
-            raise SpaceError(f"Choice {name!r} repeats a value: {list(values)}.", expected="distinct values")
-        if ordered is None:
-            numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-            ordered = numeric and list(values) in (sorted(values), sorted(values, reverse=True))
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "ordered", ordered)
-
-    def index(self, value: Value) -> int:
-        """Position of ``value``; raises SpaceError where it is not one of the values."""
-        try:
-            return self.values.index(value)
-        except ValueError:
-            raise SpaceError(
-                f"{value!r} is no value of choice {self.name!r}.", expected=f"one of {list(self.values)}"
-            ) from None
-
-
-class _Unfixed(Exception):
-    """A site asked for a gene that the partial candidate does not fix yet."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-class Candidate(Mapping[str, Value]):
-    """One value per choice; remembers, in ``reads``, which choices were looked at."""
-
-    def __init__(self, values: Mapping[str, Value], *, partial: bool = False) -> None:
-        self._values = dict(values)
-        self._partial = partial
-        self.reads: dict[str, None] = {}
-
-    def __getitem__(self, name: str) -> Value:
-        if name not in self._values:
-            if self._partial:
-                raise _Unfixed(name)
-            raise SpaceError(f"The candidate has no choice {name!r}.", expected=f"one of {list(self._values)}")
-        self.reads[name] = None
-        return self._values[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __repr__(self) -> str:
-        return f"Candidate({self._values})"
-
-    def as_dict(self) -> dict[str, Value]:
-        """A plain copy; does not count as reading."""
-        return dict(self._values)
-
-    def replace(self, **values: Value) -> Candidate:
-        """A copy with some values changed; dots in names are written as double underscores."""
-        changed = {name.replace("__", "."): value for name, value in values.items()}
-        return Candidate({**self._values, **changed})
-
-
-Site = Callable[[Candidate], "Part | Iterable[Part] | None"]
-
-
-@dataclass(frozen=True)
-class CompiledSite:
-    """A site enumerated over the genes that it reads.
-
-    Attributes:
-        genes: columns of the genome that the site reads, on any path.
-        strides: entry of a genome row = ``genome[genes] @ strides``.
-        parts: the parts of every entry.
-        reads: ``[entries, genes]`` bool, which of ``genes`` the site really read to reach that entry.
-    """
-
-    name: str
-    genes: npt.NDArray[np.intp]
-    strides: npt.NDArray[np.int64]
-    parts: tuple[tuple[Part, ...], ...]
-    reads: npt.NDArray[np.bool_]
-
-    def entries(self, genomes: Genomes) -> npt.NDArray[np.int64]:
-        """Entry index of every row of ``genomes [n, choices]``."""
-        index = np.zeros(len(genomes), dtype=np.int64)
-        for gene, stride in zip(self.genes, self.strides, strict=True):
-            index += genomes[:, gene] * stride
-        return index
+__all__ = ["Candidate", "Choice", "Genomes", "SearchSpace", "Site", "TaskInfo", "Training", "Treatment", "Value"]
 
 
 @dataclass(frozen=True)
@@ -172,18 +63,28 @@ class Training:
     compression: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+Site = Callable[[Candidate], "Part | Iterable[Part] | None"]
+Treatment = Callable[[Candidate], "Training | None"]
+
+
 class SearchSpace(abc.ABC):
     """A family of models and the compression choices that go with them.
 
-    A subclass sets ``choices`` and ``sites`` in its constructor and implements :meth:`build` and
-    :meth:`training`. Both read every gene that they depend on through the candidate. The contract, which
-    ``nas.testing.check_space`` tests: what ``build`` and ``training`` read is read by a site or by
-    ``training``; the parts' MACs and parameters equal those of the exported, compressed model.
+    A subclass sets ``choices``, ``sites`` and ``treatments`` in its constructor and implements :meth:`build`. All of
+    them read every gene that they depend on through the candidate. The contract, which ``nas.testing.check_space``
+    tests: what ``build`` reads is read by a site or by ``training``; the parts' MACs and parameters equal those of
+    the exported, compressed model.
+
+    Attributes:
+        sites: name → function from a candidate to the parts that the runtime executes.
+        treatments: name → function from a candidate to a partial :class:`Training`, or to None. Each should read few
+            genes, because it is enumerated over them as a site is. Their order is that of :meth:`training`.
     """
 
     name: ClassVar[str] = "space"
     choices: tuple[Choice, ...]
     sites: Mapping[str, Site]
+    treatments: Mapping[str, Treatment] = MappingProxyType({})
     #: How to make this space again in another process: a function and its arguments; set by whoever loads it.
     recipe: tuple[Callable[..., SearchSpace], tuple[Any, ...]] | None = None
 
@@ -195,9 +96,18 @@ class SearchSpace(abc.ABC):
     def build(self, candidate: Candidate) -> nn.Module:
         """The module to train: raw input ``[n, *input_shape]`` → logits ``[n, classes]``, not yet compressed."""
 
-    @abc.abstractmethod
     def training(self, candidate: Candidate) -> Training:
-        """Distillation settings and the compression passes of ``candidate``."""
+        """Distillation settings and the compression passes of ``candidate``: its treatments, merged.
+
+        Passes, and what each is asked for, come in the order in which the treatments first name them. A space may
+        override this method instead of giving treatments; then it is run for every genome that is looked at, which
+        costs the search some hundred microseconds a candidate.
+
+        Raises:
+            SpaceError: two treatments set one thing to different values.
+        """
+        results = {name: treatment(candidate) for name, treatment in self.treatments.items()}
+        return _merged({name: training for name, training in results.items() if training is not None})
 
     def ladder(self) -> list[Candidate]:
         """Uniform, uncompressed members from smallest to largest: the teachers on offer.
@@ -268,79 +178,57 @@ class SearchSpace(abc.ABC):
 
     def parts(self, candidate: Candidate) -> list[Part]:
         """All parts that the runtime executes for ``candidate``, site by site."""
-        return [part for site in self.sites.values() for part in _as_parts(site(candidate))]
+        return [part for site in self.sites.values() for part in _parts(site, candidate)]
 
     @cached_property
-    def compiled(self) -> tuple[CompiledSite, ...]:
+    def compiled(self) -> tuple[Compiled[tuple[Part, ...]], ...]:
         """Every site enumerated over the genes it reads."""
-        return tuple(self._compile(name, site) for name, site in self.sites.items())
+        return tuple(
+            enumerated(f"Site {name!r} of space {self.name!r}", partial(_parts, site), self.choices)
+            for name, site in self.sites.items()
+        )
 
     def keys(self) -> dict[str, Part]:
         """Every distinct latency-table key of the space and a part that has it."""
         found: dict[str, Part] = {}
         for site in self.compiled:
-            for parts in site.parts:
+            for parts in site.values:
                 for part in parts:
                     found.setdefault(part.key, part)
         return found
 
-    def _compile(self, name: str, site: Site) -> CompiledSite:
-        leaves: list[tuple[dict[str, int], tuple[Part, ...], tuple[str, ...]]] = []
-
-        def visit(fixed: dict[str, int]) -> None:
-            values = {n: self.choices[self.position[n]].values[i] for n, i in fixed.items()}
-            candidate = Candidate(values, partial=True)
-            try:
-                parts = tuple(_as_parts(site(candidate)))
-            except _Unfixed as unfixed:
-                if unfixed.name not in self.position:
-                    raise SpaceError(
-                        f"Site {name!r} reads {unfixed.name!r}, which is no choice of space {self.name!r}.",
-                        expected=f"one of {list(self.position)}",
-                    ) from None
-                for i in range(len(self.choices[self.position[unfixed.name]].values)):
-                    visit({**fixed, unfixed.name: i})
-                return
-            leaves.append((fixed, parts, tuple(candidate.reads)))
-
-        visit({})
-        genes = sorted({self.position[g] for fixed, _, _ in leaves for g in fixed})
-        shape = [int(self.cardinalities[g]) for g in genes]
-        size = int(np.prod(shape, dtype=object)) if shape else 1
-        if size > MAX_TABLE_ENTRIES:
-            raise SpaceError(
-                f"Site {name!r} reads {len(genes)} choices, {size} combinations.",
-                expected=f"at most {MAX_TABLE_ENTRIES}",
-                remedy="split the site into several that each read fewer choices",
-            )
-        strides = [int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape))]
-        grid = np.arange(size).reshape(shape) if shape else np.arange(1).reshape(())
-        parts_of: list[tuple[Part, ...]] = [()] * size
-        reads = np.zeros((size, len(genes)), dtype=bool)
-        for fixed, parts, read in leaves:
-            where = tuple(fixed.get(self.choices[g].name, slice(None)) for g in genes)
-            read_mask = [self.choices[g].name in read for g in genes]
-            for entry in np.atleast_1d(grid[where]).ravel():
-                parts_of[int(entry)] = parts
-                reads[int(entry)] = read_mask
-        return CompiledSite(
-            name, np.array(genes, dtype=np.intp), np.array(strides, dtype=np.int64), tuple(parts_of), reads
-        )
-
     # ---- dormancy and identity ------------------------------------------------------------------
 
+    @cached_property
+    def _dormancy(self) -> Dormancy:
+        treatments = () if self._traced else self.treatments.items()
+        compiled = [
+            enumerated(f"Treatment {name!r} of space {self.name!r}", treatment, self.choices)
+            for name, treatment in treatments
+        ]
+        return Dormancy([*self.compiled, *compiled], self.cardinalities)
+
+    @property
+    def _traced(self) -> bool:
+        """Whether ``training`` is the space's own, of which nothing is known but what it reads when it is run."""
+        return getattr(self.training, "__func__", None) is not SearchSpace.training
+
     def active(self, genomes: Genomes) -> npt.NDArray[np.bool_]:
-        """Which genes are read by a site or by the training, ``[n, choices]``; the others are dormant."""
+        """Which genes are read by a site or by the training, ``[n, choices]``; the others are dormant.
+
+        Raises:
+            SpaceError: a row is no genome of this space.
+        """
         genomes = np.atleast_2d(genomes)
-        mask = np.zeros(genomes.shape, dtype=bool)
-        for site in self.compiled:
-            if len(site.genes):
-                mask[:, site.genes] |= site.reads[site.entries(genomes)]
-        # Training reads most genes at once, so it cannot be enumerated as sites are: it is run and watched.
-        for row, genome in zip(mask, genomes, strict=True):
-            candidate = self.decode(genome)
-            self.training(candidate)
-            row[[self.position[name] for name in candidate.reads]] = True
+        outside = (genomes < 0) | (genomes >= self.cardinalities)
+        if outside.any():
+            self.decode(genomes[outside.any(axis=1).argmax()])
+        mask = self._dormancy.active(genomes)
+        if self._traced:
+            for row, genome in zip(mask, genomes, strict=True):
+                candidate = self.decode(genome)
+                self.training(candidate)
+                row[[self.position[name] for name in candidate.reads]] = True
         return mask
 
     def canonical(self, genomes: Genomes) -> Genomes:
@@ -350,11 +238,39 @@ class SearchSpace(abc.ABC):
 
     def canonical_id(self, genome: Genomes) -> str:
         """Short hash that two genomes share exactly where they have the same quality."""
-        row = self.canonical(genome)[0].astype(np.uint16)
-        return hashlib.sha256(row.tobytes()).hexdigest()[:12]
+        return self.canonical_ids(genome)[0]
+
+    def canonical_ids(self, genomes: Genomes) -> list[str]:
+        """:meth:`canonical_id` of every row of ``genomes [n, choices]``."""
+        return [hashlib.sha256(row.tobytes()).hexdigest()[:12] for row in self.canonical(genomes).astype(np.uint16)]
 
 
-def _as_parts(result: Part | Iterable[Part] | None) -> list[Part]:
+def _parts(site: Site, candidate: Candidate) -> tuple[Part, ...]:
+    result = site(candidate)
     if result is None:
-        return []
-    return [result] if isinstance(result, Part) else list(result)
+        return ()
+    return (result,) if isinstance(result, Part) else tuple(result)
+
+
+def _merged(trainings: Mapping[str, Training]) -> Training:
+    """One training of the partial ones that treatments gave, by name; a default value sets nothing."""
+    distillation: dict[str, float] = {}
+    compression: dict[str, dict[str, Any]] = {}
+    for name, training in trainings.items():
+        for what in ("kd_weight", "temperature"):
+            value = getattr(training, what)
+            if value != getattr(Training, what):
+                _set(distillation, what, value, name)
+        for technique, settings in training.compression.items():
+            merged = compression.setdefault(technique, {})
+            for layer, setting in settings.items():
+                _set(merged, layer, setting, name)
+    return Training(**distillation, compression=compression)
+
+
+def _set(settings: dict[str, Any], what: str, value: Any, treatment: str) -> None:
+    if settings.setdefault(what, value) != value:
+        raise SpaceError(
+            f"Treatment {treatment!r} sets {what} to {value!r}, an earlier one to {settings[what]!r}.",
+            remedy="let one treatment decide it",
+        )

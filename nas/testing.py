@@ -164,8 +164,9 @@ def _check_reads(space: SearchSpace, genome: Genomes) -> None:
     active = {choice.name for choice, on in zip(space.choices, mask, strict=True) if on}
     _require(
         active == priced | trained,
-        f"{_at(space, genome)}: the compiled sites read {sorted(active)}, the sites themselves "
-        f"{sorted(priced | trained)}; a site must be a function of what it reads through the candidate.",
+        f"{_at(space, genome)}: compiled, sites and treatments read {sorted(active)}, and run, "
+        f"{sorted(priced | trained)}; a site must be a function of what it reads through the candidate, "
+        "and so must a treatment.",
     )
 
 
@@ -182,11 +183,12 @@ def _check_dormant(space: SearchSpace, genome: Genomes, other: Genomes) -> None:
     a, b = space.decode(genome), space.decode(twin)
     _require(space.parts(a) == space.parts(b), f"{where}: the parts differ.")
     _require(space.training(a) == space.training(b), f"{where}: the training differs.")
-    _require(space.canonical_id(genome) == space.canonical_id(twin), f"{where}: the canonical ids differ.")
+    ids = space.canonical_ids(np.array([genome, twin, other]))
+    _require(ids[0] == ids[1], f"{where}: the canonical ids differ.")
     canonical = space.canonical(genome)
     _require(np.array_equal(space.canonical(canonical), canonical), f"{where}: canonical() is not idempotent.")
     _require(
-        np.array_equal(space.canonical(other), canonical) == (space.canonical_id(other) == space.canonical_id(genome)),
+        np.array_equal(space.canonical(other), canonical) == (ids[2] == ids[0]),
         f"{where}: canonical ids do not tell canonical genomes apart.",
     )
 

@@ -137,6 +137,15 @@ class MobileNet(SearchSpace):
             sites[f"stage{s}.rest"] = partial(self._rest, stage=s)
             sites[f"stage{s}.boundary"] = partial(self._boundary, stage=s)
         self.sites = sites
+        # Their order is that of the passes: pruned first, then quantised.
+        last = len(self.stages) - 1
+        self.treatments = {
+            **{f"stage{s}.prune": partial(self._pruned, stage=s) for s in self.stages},
+            **{f"stage{s}.bits": partial(self._quantized, stage=s) for s in self.stages},
+            "stem.bits": partial(self._quantized_as, stage=0, layer="stem.conv"),
+            "head.bits": partial(self._quantized_as, stage=last, layer="head"),
+            "distillation": self._distilled,
+        }
 
     # ---- shapes that sites and build share ----------------------------------------------------
 
@@ -235,32 +244,31 @@ class MobileNet(SearchSpace):
             stages.append(blocks)
         return MobileNetModel(self.task, int(c["resolution"]), stem, stages, width)
 
-    def training(self, candidate: Candidate) -> Training:
-        """Distillation and the two passes: hidden channels kept per block, bits per convolution."""
-        c = candidate
+    def _pruned(self, c: Candidate, stage: int) -> Training | None:
+        """Hidden channels kept, per block."""
         keep: dict[str, int] = {}
-        bits: dict[str, int] = {}
-        for s in self.stages:
-            for d in range(int(c[f"stage{s}.depth"])):
-                cin = self._cin(c, s) if d == 0 else int(c[f"stage{s}.width"])
-                trained, pruned = self._hidden(c, s, cin)
-                if pruned < trained:
-                    keep[f"stages.{s}.{d}.expand.conv"] = pruned
-                if c[f"stage{s}.bits"] == 8:
-                    for conv in ("expand", "depthwise", "project"):
-                        bits[f"stages.{s}.{d}.{conv}.conv"] = 8
-        if c["stage0.bits"] == 8:
-            bits["stem.conv"] = 8
-        if c[f"stage{len(self.stages) - 1}.bits"] == 8:
-            bits["head"] = 8
+        for d in range(int(c[f"stage{stage}.depth"])):
+            cin = self._cin(c, stage) if d == 0 else int(c[f"stage{stage}.width"])
+            trained, pruned = self._hidden(c, stage, cin)
+            if pruned < trained:
+                keep[f"stages.{stage}.{d}.expand.conv"] = pruned
+        return Training(compression={"channel_prune": keep}) if keep else None
+
+    def _quantized(self, c: Candidate, stage: int) -> Training | None:
+        """Bits per convolution of the stage's blocks."""
+        if self._precision(c, stage) == "fp32":
+            return None
+        blocks = [f"stages.{stage}.{d}" for d in range(int(c[f"stage{stage}.depth"]))]
+        convs = ("expand", "depthwise", "project")
+        return Training(compression={"quantize": {f"{block}.{conv}.conv": 8 for block in blocks for conv in convs}})
+
+    def _quantized_as(self, c: Candidate, stage: int, layer: str) -> Training | None:
+        """A layer outside the stages, at the precision of the stage beside it."""
+        return Training(compression={"quantize": {layer: 8}}) if self._precision(c, stage) == "int8" else None
+
+    def _distilled(self, c: Candidate) -> Training:
         kd_weight = float(c["kd_weight"])
-        temperature = float(c["temperature"]) if kd_weight > 0 else 1.0
-        compression: dict[str, dict[str, Any]] = {}
-        if keep:
-            compression["channel_prune"] = keep
-        if bits:
-            compression["quantize"] = bits
-        return Training(kd_weight, temperature, compression)
+        return Training(kd_weight, float(c["temperature"]) if kd_weight > 0 else 1.0)
 
     # ---- reference members ------------------------------------------------------------------------
 

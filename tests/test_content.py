@@ -227,7 +227,7 @@ def test_a_file_without_space_says_which_line_to_add(space_file):
         ("space = Settings", "the class Settings, which does not derive"),
         ("space = Tiny()", "an object of type Tiny"),
         ("space = 3", "an object of type int"),
-        ("class Half(SearchSpace): pass\nspace = Half", "Half of .* does not implement build, training"),
+        ("class Half(SearchSpace): pass\nspace = Half", "Half of .* does not implement build"),
     ],
 )
 def test_what_is_no_space_is_refused(space_file, line: str, said: str):

@@ -13,25 +13,22 @@ from torch import nn
 from nas import content
 from nas.errors import SpaceError
 from nas.parts import Conv, GlobalAveragePool, Part
-from nas.space import MAX_TABLE_ENTRIES, Candidate, Choice, SearchSpace, Site, Training
+from nas.space import Candidate, Choice, Genomes, SearchSpace, Site, Training, Treatment
 from nas.testing import check_space
 
 
 class Described(SearchSpace):
-    """Only the cost projection, from whatever sites a test brings."""
+    """Only what a candidate costs and how it is taught, from whatever a test brings."""
 
     name = "described"
 
-    def __init__(self, choices: tuple[Choice, ...], sites: dict[str, Site], reads: tuple[str, ...] = ()) -> None:
-        self.choices, self.sites, self._reads_in_training = choices, sites, reads
+    def __init__(
+        self, choices: tuple[Choice, ...], sites: dict[str, Site], treatments: dict[str, Treatment] | None = None
+    ) -> None:
+        self.choices, self.sites, self.treatments = choices, sites, treatments or {}
 
     def build(self, candidate: Candidate) -> nn.Module:
         raise NotImplementedError
-
-    def training(self, candidate: Candidate) -> Training:
-        for name in self._reads_in_training:
-            candidate[name]
-        return Training()
 
 
 def part(channels: int) -> Part:
@@ -75,52 +72,6 @@ def test_bundled_space_pickles(name: str, bundled: dict[str, SearchSpace]) -> No
     assert twin.choices == space.choices
     genome = space.sample(np.random.default_rng(0), 1)[0]
     assert twin.parts(twin.decode(genome)) == space.parts(space.decode(genome))
-
-
-# ---- choices -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("values", "ordered"),
-    [
-        ((1, 2, 3), True), ((3.0, 2.0, 1.0), True), ((1, 3, 2), False), (("a", "b"), False), ((False, True), False),
-        ((1, "a"), False), ((7,), True),
-    ],
-)  # fmt: skip
-def test_numbers_in_order_are_ordered(values: tuple[Any, ...], ordered: bool) -> None:
-    choice = Choice("c", values)
-    assert choice.ordered is ordered
-    assert Choice("c", values, ordered=not ordered).ordered is not ordered
-    assert [choice.index(value) for value in values] == list(range(len(values)))
-
-
-def test_choice_errors() -> None:
-    with pytest.raises(SpaceError, match="'c' has no values"):
-        Choice("c", ())
-    with pytest.raises(SpaceError, match="'c' repeats a value"):
-        Choice("c", (1, 2, 1))
-    with pytest.raises(SpaceError, match=r"5 is no value of choice 'c'[^$]*\[1, 2\]"):
-        Choice("c", (1, 2)).index(5)
-
-
-# ---- candidates --------------------------------------------------------------------------------------
-
-
-def test_candidate_records_reads_in_order() -> None:
-    candidate = Candidate({"a": 1, "b": 2, "c": 3})
-    assert candidate.as_dict() == {"a": 1, "b": 2, "c": 3}
-    assert list(candidate.reads) == []
-    assert (candidate["c"], candidate["a"], candidate["c"]) == (3, 1, 3)
-    assert list(candidate.reads) == ["c", "a"]
-    with pytest.raises(SpaceError, match=r"no choice 'd'[^$]*\['a', 'b', 'c'\]"):
-        candidate["d"]
-
-
-def test_candidate_replace_leaves_the_original() -> None:
-    candidate = Candidate({"stage1.depth": 1, "width": 8})
-    other = candidate.replace(stage1__depth=2)
-    assert other.as_dict() == {"stage1.depth": 2, "width": 8}
-    assert candidate.as_dict() == {"stage1.depth": 1, "width": 8}
 
 
 # ---- genomes -----------------------------------------------------------------------------------------
@@ -200,27 +151,123 @@ def test_canonical_ids_group_exactly_by_active_genes() -> None:
     assert all(len(members) == 1 for members in groups.values())
 
 
-def test_genes_read_by_the_training_alone_are_active() -> None:
-    choices = (Choice("a", (1, 2)), Choice("b", (1, 2)), Choice("c", (1, 2)))
-    space = Described(choices, {"s": lambda c: part(int(c["a"]) * 8)}, reads=("c",))
-    assert space.active(np.zeros((1, 3), dtype=np.int64)).tolist() == [[True, False, True]]
-
-
-def test_a_site_is_enumerated_over_the_genes_it_reads() -> None:
-    choices = (Choice("a", (1, 2, 3)), Choice("b", (1, 2)), Choice("c", (8, 16)), Choice("d", (0, 1)))
-
-    def site(c: Candidate) -> Part | None:
-        return part(int(c["c"])) if c["a"] == 2 else None
-
-    space = Described(choices, {"site": site})
-    (compiled,) = space.compiled
-    assert compiled.genes.tolist() == [0, 2]
-    assert len(compiled.parts) == 6
+def test_canonical_ids_of_a_matrix_are_those_of_its_rows() -> None:
+    space = TinySpace()
     genomes = space.sample(np.random.default_rng(0), 50)
-    for genome, entry in zip(genomes, compiled.entries(genomes), strict=True):
-        assert list(compiled.parts[entry]) == space.parts(space.decode(genome))
-        # The gene ``c`` was looked at only where ``a`` is 2.
-        assert compiled.reads[entry].tolist() == [True, genome[0] == 1]
+    assert space.canonical_ids(genomes) == [space.canonical_id(genome) for genome in genomes]
+    assert space.canonical_ids(genomes[:0]) == []
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_space_is_active_where_it_is_read(name: str, bundled: dict[str, SearchSpace]) -> None:
+    space = bundled[name]
+    genomes = space.sample(np.random.default_rng(4), 300)
+    np.testing.assert_array_equal(space.active(genomes), [watched(space, genome) for genome in genomes])
+
+
+def watched(space: SearchSpace, genome: Genomes) -> list[bool]:
+    """The definition of being active: read when the parts and the training are made."""
+    candidate = space.decode(genome)
+    space.parts(candidate)
+    space.training(candidate)
+    return [choice.name in candidate.reads for choice in space.choices]
+
+
+CHOICES = (Choice("a", (1, 2)), Choice("b", (1, 2)), Choice("c", (1, 2)))
+SITES: dict[str, Site] = {"s": lambda c: part(int(c["a"]) * 8)}
+
+
+class OwnTraining(Described):
+    def training(self, candidate: Candidate) -> Training:
+        return Training(float(candidate["c"]) / 10 if candidate["a"] == 2 else 0.0)
+
+
+def test_genes_read_by_treatments_alone_are_active() -> None:
+    space = Described(CHOICES, SITES, {"t": lambda c: Training(0.5, c["c"]) if c["a"] == 2 else None})
+    assert space.active(np.array([[0, 0, 0], [1, 0, 0]])).tolist() == [[True, False, False], [True, False, True]]
+
+
+def test_genes_read_by_a_training_of_the_space_s_own_are_active() -> None:
+    treatments: dict[str, Treatment] = {"unused": lambda c: Training(float(c["b"]))}
+    space = OwnTraining(CHOICES, SITES, treatments)
+    assert space.active(np.array([[0, 0, 0], [1, 0, 0]])).tolist() == [[True, False, False], [True, False, True]]
+
+
+@pytest.mark.parametrize("space", [Described(CHOICES, SITES), OwnTraining(CHOICES, SITES)])
+def test_dormancy_of_what_is_no_genome(space: SearchSpace) -> None:
+    for genome, message in (([0, 2, 0], r"'b' is 2[^$]*0\.\.1"), ([0, 0, -1], "'c' is -1")):
+        with pytest.raises(SpaceError, match=message):
+            space.active(np.array([[0, 0, 0], genome]))
+
+
+# ---- treatments --------------------------------------------------------------------------------------
+
+
+def test_treatments_are_merged_in_their_order() -> None:
+    space = Described(
+        CHOICES,
+        {},
+        {
+            "weight": lambda c: Training(kd_weight=c["a"] / 2),
+            "prune": lambda c: Training(compression={"prune": {"y": c["b"]}}),
+            "nothing": lambda c: None,
+            "bits": lambda c: Training(compression={"quantize": {"y": 8}, "prune": {"x": 1, "y": c["b"]}}),
+            "temperature": lambda c: Training(temperature=4.0),
+        },
+    )
+    training = space.training(space.decode([0, 1, 0]))
+    assert training == Training(0.5, 4.0, {"prune": {"y": 2, "x": 1}, "quantize": {"y": 8}})
+    assert [(name, list(settings)) for name, settings in training.compression.items()] == [
+        ("prune", ["y", "x"]), ("quantize", ["y"]),
+    ]  # fmt: skip
+    assert Described(CHOICES, {}).training(space.decode([0, 0, 0])) == Training()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (Training(0.5), Training(0.9), "'second' sets kd_weight to 0.9, an earlier one to 0.5"),
+        (
+            Training(compression={"quantize": {"head": 8}}),
+            Training(compression={"quantize": {"head": 4}}),
+            "'second' sets head to 4, an earlier one to 8",
+        ),
+    ],
+)
+def test_treatments_that_disagree(first: Training, second: Training, message: str) -> None:
+    space = Described(CHOICES, {}, {"first": lambda c: first, "second": lambda c: second})
+    with pytest.raises(SpaceError, match=message):
+        space.training(space.decode([0, 0, 0]))
+
+
+def test_the_treatments_of_mobilenet(bundled: dict[str, SearchSpace]) -> None:
+    """Pruned first, block by block; then the blocks' bits, the stem's and the head's."""
+    space = bundled["mobilenet"]
+    sizes = {"resolution": 16, "kd_weight": 0.9, "temperature": 4.0}
+    for s, (depth, width) in enumerate([(2, 16), (1, 24), (1, 64)]):
+        sizes |= {f"stage{s}.depth": depth, f"stage{s}.width": width, f"stage{s}.kernel": 3, f"stage{s}.expand": 2}
+        sizes |= {f"stage{s}.prune": 0.5 if s < 2 else 0.0, f"stage{s}.bits": 32 if s == 1 else 8}
+    training = space.training(Candidate(sizes))
+    assert (training.kd_weight, training.temperature) == (0.9, 4.0)
+    assert [(name, list(settings.items())) for name, settings in training.compression.items()] == [
+        (
+            "channel_prune",
+            [("stages.0.0.expand.conv", 16), ("stages.0.1.expand.conv", 16), ("stages.1.0.expand.conv", 16)],
+        ),
+        (
+            "quantize",
+            [
+                *((f"stages.0.{d}.{conv}.conv", 8) for d in (0, 1) for conv in ("expand", "depthwise", "project")),
+                *((f"stages.2.0.{conv}.conv", 8) for conv in ("expand", "depthwise", "project")),
+                ("stem.conv", 8), ("head", 8),
+            ],
+        ),
+    ]  # fmt: skip
+    plain = space.training(Candidate({**sizes, "kd_weight": 0.0, **{f"stage{s}.bits": 32 for s in range(3)}}))
+    assert (plain.kd_weight, plain.temperature, list(plain.compression)) == (0.0, 1.0, ["channel_prune"])
+
+
+# ---- sites -------------------------------------------------------------------------------------------
 
 
 def test_sites_may_give_nothing_one_or_many() -> None:
@@ -239,19 +286,12 @@ def test_sites_may_give_nothing_one_or_many() -> None:
     assert [len(site.genes) for site in space.compiled] == [0, 0, 1, 0]
 
 
-def test_a_site_that_reads_what_is_no_choice() -> None:
-    space = Described((Choice("a", (1, 2)),), {"first": lambda c: part(int(c["b"]))})
-    with pytest.raises(SpaceError, match=r"Site 'first' reads 'b'[^$]*one of \['a'\]"):
-        _ = space.compiled
-
-
-def test_a_site_that_reads_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert MAX_TABLE_ENTRIES >= 1_000_000
-    monkeypatch.setattr("nas.space.MAX_TABLE_ENTRIES", 100)
-    choices = tuple(Choice(f"g{i}", (0, 1)) for i in range(7))
-    space = Described(choices, {"wide": lambda c: part(8 + sum(int(c[f"g{i}"]) for i in range(7)))})
-    with pytest.raises(SpaceError, match="'wide' reads 7 choices, 128 combinations"):
-        _ = space.compiled
+@pytest.mark.parametrize("what", ["site", "treatment"])
+def test_a_function_that_reads_what_is_no_choice_is_named(what: str) -> None:
+    wrong = {"first": lambda c: c["x"]}
+    space = Described(CHOICES, wrong) if what == "site" else Described(CHOICES, {}, wrong)
+    with pytest.raises(SpaceError, match=f"{what.title()} 'first' of space 'described' reads 'x'"):
+        space.active(np.zeros((1, 3), dtype=np.int64))
 
 
 def test_spaces_without_a_ladder_say_so() -> None:

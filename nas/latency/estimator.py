@@ -43,7 +43,7 @@ class AdditiveEstimator:
         if missing := table.missing(list(keys)):
             raise table.lacks(missing, len(keys))
         self._sites = [
-            (site.genes, site.strides, np.array([self._value(parts) for parts in site.parts]))
+            (site.genes, site.strides, np.array([self._value(parts) for parts in site.values]))
             for site in space.compiled
         ]
         self._constant = np.array([self._per_net(cost) for cost in costs])
