@@ -45,7 +45,7 @@ class Listening(RandomSearch):
         super().__init__(domain, seed)
         self.told: list[Outcomes] = []
 
-    def tell(self, outcomes: Outcomes) -> None:
+    def learn(self, outcomes: Outcomes) -> None:
         self.told.append(outcomes)
 
 
