@@ -88,7 +88,8 @@ class SearchController:
             not of the machine: any number of workers gives the same search.
         on_trial: called after each evaluation with the trial.
         enqueue: candidates that are evaluated before the strategy is asked, in full; what one leaves open is drawn
-            uniformly until it meets the limits. The strategy is told of them as "enqueued".
+            uniformly until it meets the limits. The strategy is told of them as "enqueued". Those that cannot meet
+            the limits are not evaluated, but listed in ``ruled_out``.
         earlier: another search's trials over the same space, told as "earlier" before anything else. Their
             qualities are believed, their costs and rewards are those of this search. They are no trials of it, and
             their candidates may be evaluated again.
@@ -110,6 +111,7 @@ class SearchController:
     earlier: Sequence[Trial] = ()
     retries: int = 0
     counts: Counts = field(default_factory=Counts)
+    ruled_out: list[Mapping[str, Value]] = field(default_factory=list)
 
     def run(self) -> list[Trial]:
         """Search until the budget is spent or the space is exhausted; returns all trials by index."""
@@ -180,6 +182,8 @@ class SearchController:
             genomes[:, gene] = value
         index = np.full(COMPLETIONS, number - len(self.enqueue))
         drawn = self._price(Proposals(index, genomes, np.ones(COMPLETIONS)), ENQUEUED)
+        if (drawn.violation > 0).all():
+            self.ruled_out.append(candidate)
         return drawn.rows([int(np.argmax(drawn.violation == 0))])
 
     def _dequeue(self, n: int) -> tuple[_Priced, _Priced]:
