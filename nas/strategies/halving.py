@@ -18,6 +18,7 @@ from nas.strategies.draws import Draws
 
 Array = npt.NDArray[np.float64]
 TOLERANCE = 1e-9  # of fidelities
+PATIENCE = 4  # attempts in which the wrapped strategy may find a genome that was not evaluated yet
 
 
 class Halving(Strategy):
@@ -27,7 +28,8 @@ class Halving(Strategy):
     algorithm 2): new genomes get the smallest share of the full training, η^−(rungs−1); of every rung the best 1/η of
     all that it has seen are trained again at the next one, η times longer, up to the full training. A proposal is a
     promotion where there is one, from the highest rung down, and else a new genome, so nothing waits for a rung to
-    fill. Nothing that was evaluated is proposed again at the same fidelity or a lower one.
+    fill. Nothing that was evaluated is proposed again at the same fidelity or a lower one: where the wrapped strategy
+    proposes only that, genomes are drawn uniformly, and told as "enqueued".
 
     Within a rung candidates are ranked by constraint domination (Deb et al. 2002): the feasible before those that
     break a budget, these by how far. The feasible rank by reward, or by non-dominated front over quality and all
@@ -99,7 +101,9 @@ class Halving(Strategy):
         self.wrapped.release(np.array(again, dtype=np.int64))
         promoted = self._promotions(len(draws))
         rest = Draws(draws.seed, draws.index[len(promoted) :], draws.attempt)
-        genomes = [genome for genome, _ in promoted] + list(self.propose(rest))
+        # A strategy that has converged may know nothing new: chance does.
+        fresh = self.propose(rest) if draws.attempt < PATIENCE else rest.integers(self.domain.cardinalities)
+        genomes = [genome for genome, _ in promoted] + list(fresh)
         fidelity = [share for _, share in promoted] + [self.rungs[0].fidelity] * len(rest)
         shape = (len(draws), len(self.domain.cardinalities))
         return np.array(genomes, dtype=np.int64).reshape(shape), np.array(fidelity)
@@ -159,9 +163,9 @@ class Halving(Strategy):
             if ranked is None:
                 continue
             number, told_as = numbers[i], str(outcomes.source[i])
-            if number is None and told_as == ASKED:  # a promotion
-                told_as = ASKED if self.teach == "full" else ENQUEUED
+            if number is None and told_as == ASKED:  # a promotion, or a genome that chance found
                 number = self._origin.get(key)
+                told_as = ENQUEUED if number is None or self.teach == "ranks" else ASKED
             rows.append(i)
             index.append(-1 if number is None else number)
             source.append(told_as)
