@@ -266,7 +266,7 @@ def _set(raw: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError, origin: str) -> ExperimentError:
     first = error.errors()[0]
     # Pydantic adds the member of a union that it tried; "strategy" is none, whatever it begins with.
-    tried = re.compile(r"(constrained-)?(float|str|int)|literal\[.*")
+    tried = re.compile(r"(constrained-)?(bool|float|str|int)|literal\[.*")
     key = ".".join(str(part) for part in first["loc"] if not tried.fullmatch(str(part)))
     if first["type"] == "extra_forbidden":
         model: Any = Experiment
