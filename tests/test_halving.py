@@ -236,7 +236,12 @@ def test_settings() -> None:
     with pytest.raises(ContentError, match="Unknown strategy 'chance'"):
         strategies.get("halving:chance")
     four = halving(eta=2, rungs=4)
-    assert [rung.fidelity for rung in four.rungs] == [1 / 8, 1 / 4, 1 / 2, 1]
+    assert [rung.fidelity for rung in four.rungs] == pytest.approx([1 / 8, 1 / 4, 1 / 2, 1])
+    assert four.rungs[-1].fidelity == 1
+    assert [rung.fidelity for rung in halving(rungs=2, shortest=12 / 200).rungs] == [12 / 200, 1]
+    for share in (0.0, 1.0):
+        with pytest.raises(ExperimentError, match="shortest"):
+            halving(shortest=share)
     assert len(halving("evolution", wrapped={"population": 7, "sample": 2}).wrapped.rewards) == 7  # type: ignore[attr-defined]
 
 

@@ -211,8 +211,10 @@ class Strategy(abc.ABC):
 
     def _keys(self, genomes: Genomes, fidelity: Array) -> list[bytes]:
         """What tells proposals apart: the canonical genome, and the fidelity in its last bytes."""
-        rows = np.ascontiguousarray(self.domain.canonical(genomes), dtype=np.int64)
-        return [row.tobytes() + share.tobytes() for row, share in zip(rows, fidelity, strict=True)]
+        shares = fidelity.view(np.int64)[:, None]
+        rows = np.hstack([self.domain.canonical(genomes).astype(np.int64, copy=False), shares])
+        data, width = rows.tobytes(), rows.shape[1] * rows.itemsize
+        return [data[start : start + width] for start in range(0, len(data), width)]
 
 
 strategies: Registry[type[Strategy]] = Registry("strategy")

@@ -48,7 +48,8 @@ class Halving(Strategy):
 
     Args:
         eta: η, how many candidates compete for a promotion, and how much longer the next rung trains.
-        rungs: fidelities in all; the shortest training is η^−(rungs−1) of the full one.
+        rungs: fidelities in all, a geometric series up to 1.
+        shortest: the lowest of them; η^−(rungs−1) by default. Published tables know certain lengths only.
         by: rank by reward, or by front.
         teach: what the wrapped strategy is told.
         wrapped: its settings.
@@ -63,6 +64,7 @@ class Halving(Strategy):
         *,
         eta: int = 3,
         rungs: int = 3,
+        shortest: float | None = None,
         by: Literal["reward", "front"] = "reward",
         teach: Literal["ranks", "full"] = "ranks",
         wrapped: Mapping[str, Any] | None = None,
@@ -70,13 +72,18 @@ class Halving(Strategy):
         super().__init__(domain, seed)
         if eta < 2 or rungs < 2:
             raise ExperimentError(f"strategy: eta {eta}, rungs {rungs}.", expected="both at least 2")
+        lowest = float(eta) ** (1 - rungs) if shortest is None else shortest
+        if not 0 < lowest < 1:
+            raise ExperimentError(
+                f"strategy: shortest {shortest}.", expected="a share of the training, 0 < shortest < 1"
+            )
         self.wrapped = construct(strategies.get(self.name), wrapped or {}, domain, seed, where="strategy.wrapped")
         if isinstance(self.wrapped, Halving):
             raise ExperimentError(
                 "strategy: halving wraps halving.", expected="a strategy that asks for full trainings"
             )
         self.eta, self.teach = eta, teach
-        self.rungs = [_Rung(float(eta) ** (r - rungs + 1), by) for r in range(rungs)]
+        self.rungs = [_Rung(lowest ** (1 - r / (rungs - 1)), by) for r in range(rungs)]
         self._elsewhere = _Rung(1.0, by)
         self._reached: dict[bytes, int] = {}  # canonical genome → highest rung at which it was evaluated
         self._numbers: dict[int, int] = {}  # ours → the wrapped strategy's, of new genomes under way
