@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +14,7 @@ from nas.latency.measure import Timing
 from nas.progress import Progress
 from nas.reward import Limit, Reward, violation
 from nas.student.finalists import Entrant, Finalist, judge, measure_models, train_finalists
-from nas.study import Study, Trial
+from nas.study import Study, Trial, trainings
 
 if TYPE_CHECKING:
     from nas.job import Job
@@ -41,6 +40,7 @@ def search_arm(
     study = Study(storage, name, job.space, {**e.identity, "arm": arm, "limits": [vars(x) for x in limits]})
     if study.repaired:
         job.warn(study.repaired)
+    own = arm == "search"
     watch = _Watch(job.progress, e.search.trials)
     controller = SearchController(
         space=job.space,
@@ -56,8 +56,13 @@ def search_arm(
         batch=e.search.batch,
         reward_cost=cost,
         on_trial=watch,
+        enqueue=e.search.enqueue if own else (),
+        earlier=job.earlier if own else (),
+        retries=e.search.retries,
     )
     trials = controller.run()
+    for candidate in controller.ruled_out:
+        job.warn(f"the enqueued candidate {candidate} breaks the budget by prediction and was not trained")
     if not best(trials, 1):
         reasons = sorted({t.reason for t in trials if t.reason})
         raise StudyError(
@@ -124,15 +129,18 @@ def measure_finalists(
 
 
 class _Watch:
-    """Turns trials into progress."""
+    """Turns trials into progress: candidates, and the full trainings that they are worth."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self.progress, self.total = progress, total
-        self.done, self.best = 0, -math.inf
+        self.done: list[Trial] = []
 
     def __call__(self, trial: Trial) -> None:
-        self.done += 1
-        if trial.violation == 0 and trial.reward > self.best:
-            self.best = trial.reward
-        so_far = f"best reward {self.best:.4f}" if math.isfinite(self.best) else "nothing yet"
-        self.progress.update(self.done / self.total, f"{self.done}/{self.total} candidates, {so_far}")
+        self.done.append(trial)
+        leader, worth = best(self.done, 1), trainings(self.done)
+        count = f"{len(self.done)}/{self.total} candidates"
+        so_far = f"best reward {leader[0].reward:.4f}" if leader else "nothing yet"
+        if worth < len(self.done):
+            count = f"{len(self.done)} candidates, {worth:.1f}/{self.total} trainings"
+            so_far += f" after {100 * leader[0].fidelity:.3g} % of a training" if leader else ""
+        self.progress.update(min(1.0, worth / self.total), f"{count}, {so_far}")

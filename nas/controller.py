@@ -7,14 +7,19 @@
 Every step but the evaluation is a deterministic function of the seed and of the outcomes so far. So resuming is
 not a special case: the loop runs again from the start, and an evaluation that the study already holds is read
 from it instead of being repeated. A candidate that a crash left unfinished is simply evaluated, under its number.
+
+A quality is known at a fidelity, the share of the full training that it was reached with. It answers every proposal
+of that candidate at this fidelity or a lower one, and is told with its own; at a higher one the candidate is trained
+again. So a short training's quality never stands in for a longer one's.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -26,18 +31,32 @@ from nas.executors import Executor
 from nas.latency import CostEstimator
 from nas.locks import training_lock
 from nas.reward import Limit, Reward, pareto_front, violation
-from nas.space import Genomes, SearchSpace
-from nas.strategies.base import ASKED, COMPLETE, DUPLICATE, FAILED, SCREENED, Objective, Outcomes, Proposals, Strategy
-from nas.study import Study, Trial
+from nas.space import Genomes, SearchSpace, Value
+from nas.strategies.base import (
+    ASKED,
+    COMPLETE,
+    DUPLICATE,
+    EARLIER,
+    ENQUEUED,
+    FAILED,
+    SCREENED,
+    Objective,
+    Outcomes,
+    Proposals,
+    Strategy,
+)
+from nas.study import Study, Trial, trainings
 
 Array = npt.NDArray[np.float64]
 T = TypeVar("T")
 MAX_FREE_ASKS = 20_000
+COMPLETIONS = 1_000
+ROUNDING = 1e-9  # of a training: sums of fidelities such as 1/9 are not exact
 
 
 @dataclass(frozen=True)
 class Budget:
-    """When a search ends: after ``trials`` evaluations or ``seconds``, whichever comes first."""
+    """When a search ends: after evaluations worth ``trials`` full trainings or ``seconds``, whichever comes first."""
 
     trials: int
     seconds: float = math.inf
@@ -68,6 +87,13 @@ class SearchController:
         batch: candidates asked at a time. It fixes the order of telling, so it is part of the experiment and
             not of the machine: any number of workers gives the same search.
         on_trial: called after each evaluation with the trial.
+        enqueue: candidates that are evaluated before the strategy is asked, in full; what one leaves open is drawn
+            uniformly until it meets the limits. The strategy is told of them as "enqueued". Those that cannot meet
+            the limits are not evaluated, but listed in ``ruled_out``.
+        earlier: another search's trials over the same space, told as "earlier" before anything else. Their
+            qualities are believed, their costs and rewards are those of this search. They are no trials of it, and
+            their candidates may be evaluated again.
+        retries: how often a failed evaluation is repeated before the failure is recorded.
     """
 
     space: SearchSpace
@@ -81,75 +107,153 @@ class SearchController:
     batch: int = 4
     reward_cost: str = "latency_ms"
     on_trial: Callable[[Trial], None] | None = None
+    enqueue: Sequence[Mapping[str, Value]] = ()
+    earlier: Sequence[Trial] = ()
+    retries: int = 0
     counts: Counts = field(default_factory=Counts)
+    ruled_out: list[Mapping[str, Value]] = field(default_factory=list)
 
     def run(self) -> list[Trial]:
         """Search until the budget is spent or the space is exhausted; returns all trials by index."""
         self._recorded = {trial.index: trial for trial in self.study}
-        self._quality: dict[str, float] = {}
+        self._numbers = sorted(self._recorded)
+        self._known: dict[str, tuple[float, float]] = {}  # canonical id → highest fidelity evaluated, its quality
         self._told = 0
-        trials: list[Trial] = []
         self._start = time.monotonic() - max((trial.elapsed for trial in self._recorded.values()), default=0.0)
-        while len(trials) < self.budget.trials and self._has_time(trials):
-            proposed = self._propose(min(self.batch, self.budget.trials - len(trials)))
-            if not len(proposed):
-                break
-            done = self._evaluate(proposed)
-            self._tell(proposed, [t.quality for t in done], [t.status for t in done])
-            trials += done
+        self._tell_earlier()
+        self._queue = [self._complete(i, candidate) for i, candidate in enumerate(self.enqueue)]
+        trials: list[Trial] = []
+        left = float(self.budget.trials)
+        for source in (self._dequeue, self._propose):
+            while left > ROUNDING and self._has_time(trials):
+                width = self._width(trials, left)
+                proposed, twins = source(width)
+                if not len(proposed):
+                    break
+                done = self._round(proposed, twins, width)
+                left -= trainings(done)
+                trials += done
         return trials
+
+    def _round(self, proposed: _Priced, twins: _Priced, width: int) -> list[Trial]:
+        """Evaluate what was proposed and tell it, with its twins, in the order of the numbers."""
+        done = self._evaluate(proposed, width)
+        sorted_out = self._sort_out(twins, {})
+        quality = [*(t.quality for t in done), *sorted_out.quality]
+        status = [*(t.status for t in done), *sorted_out.status]
+        together = proposed.plus(twins.at(sorted_out.fidelity))
+        order = np.argsort(together.proposals.index, kind="stable").tolist()
+        self._tell(together.rows(order), [quality[i] for i in order], [status[i] for i in order])
+        return done
+
+    def _width(self, trials: list[Trial], left: float) -> int:
+        """How many to ask for: a batch, fewer where no more full trainings than that are left.
+
+        A batch that the study holds is asked for as wide as it was, whatever the budget was then.
+        """
+        done = bisect_right(self._numbers, trials[-1].index) if trials else 0
+        recorded = self._recorded[self._numbers[done]].batch if done < len(self._numbers) else 0
+        return min(recorded or self.batch, math.ceil(left - ROUNDING))
 
     def _has_time(self, trials: list[Trial]) -> bool:
         """Whether to go on: what is recorded is always gone through, whatever the clock says."""
         return len(trials) < len(self._recorded) or time.monotonic() - self._start < self.budget.seconds
 
+    # ---- what comes from elsewhere ----------------------------------------------------------------
+
+    def _tell_earlier(self) -> None:
+        """Tell another search's qualities, with the costs and the reward that they have in this one."""
+        if not self.earlier:
+            return
+        genomes = np.array([trial.genome for trial in self.earlier], dtype=np.int64)
+        fidelity = np.array([trial.fidelity for trial in self.earlier])
+        told = self._price(Proposals(np.arange(len(genomes)), genomes, fidelity), EARLIER)
+        column = self.estimator.costs.index(self.reward_cost)
+        judged = [
+            self._judge(Evaluation(trial.quality), cost)[0]
+            for trial, cost in zip(self.earlier, told.costs[:, column].tolist(), strict=True)
+        ]
+        self._tell(told, [one.quality for one in judged], [FAILED if one.failed else COMPLETE for one in judged])
+
+    def _complete(self, number: int, candidate: Mapping[str, Value]) -> _Priced:
+        """An enqueued candidate with the choices that it leaves open drawn; numbered below the strategy's own."""
+        genomes = self.space.sample(np.random.default_rng((self.strategy.seed, number)), COMPLETIONS)
+        for gene, value in self.space.encode_partly(candidate).items():
+            genomes[:, gene] = value
+        index = np.full(COMPLETIONS, number - len(self.enqueue))
+        drawn = self._price(Proposals(index, genomes, np.ones(COMPLETIONS)), ENQUEUED)
+        if (drawn.violation > 0).all():
+            self.ruled_out.append(candidate)
+        return drawn.rows([int(np.argmax(drawn.violation == 0))])
+
+    def _dequeue(self, n: int) -> tuple[_Priced, _Priced]:
+        """The next ``n`` enqueued candidates that are to be evaluated, and their twins."""
+        kept, twins = self._nothing(ENQUEUED), self._nothing(ENQUEUED)
+        waiting: dict[str, float] = {}
+        while len(kept) < n and self._queue:
+            kept, twins = self._sift(self._queue.pop(0), kept, twins, waiting)
+        return kept, twins
+
     # ---- the fast loop: nothing here is trained -------------------------------------------------
 
-    def _propose(self, n: int) -> _Priced:
-        """Ask until ``n`` feasible candidates of unknown quality are found; what is ruled out costs nothing."""
-        kept = self._price(self.strategy.ask(0))
-        waiting: set[str] = set()
+    def _propose(self, n: int) -> tuple[_Priced, _Priced]:
+        """Ask until ``n`` feasible candidates of unknown quality are found; what is ruled out costs nothing.
+
+        Also returns the twins, which are to be told with the others: proposals of a candidate that is among them.
+        """
+        kept, twins = self._nothing(ASKED), self._nothing(ASKED)
+        waiting: dict[str, float] = {}
         last = self.counts.asked + MAX_FREE_ASKS
         while len(kept) < n and self.counts.asked < last:
             asked = self._price(self.strategy.ask(n - len(kept)))
-            self.counts.asked += len(asked)
-            new, quality, status = self._sort_out(asked, waiting)
-            free = [i for i in range(len(asked)) if status[i]]
-            if free:
-                self._tell(asked.rows(free), [quality[i] for i in free], [status[i] for i in free])
-            kept = kept.plus(asked.rows(new))
-        if not len(kept) and not self._quality:
+            kept, twins = self._sift(asked, kept, twins, waiting)
+        if not len(kept) and not self._known:
             raise BudgetError(
                 f"None of {self.counts.asked} candidates meets the budget.",
                 expected=self._fastest(),
                 remedy="a larger budget, or a space with smaller members",
             )
-        return kept
+        return kept, twins
 
-    def _sort_out(self, asked: _Priced, waiting: set[str]) -> tuple[list[int], list[float], list[str]]:
-        """Rows to evaluate, and for the rest quality and status: screened, or a duplicate of what is known."""
-        new: list[int] = []
-        quality, status = [math.nan] * len(asked), [""] * len(asked)
-        identities = self.space.canonical_ids(asked.proposals.genomes)
-        for i, identity in enumerate(identities):
+    def _sift(
+        self, asked: _Priced, kept: _Priced, twins: _Priced, waiting: dict[str, float]
+    ) -> tuple[_Priced, _Priced]:
+        """Tell what costs nothing, and add the rest to what is kept for evaluation or to the twins."""
+        self.counts.asked += len(asked)
+        found = self._sort_out(asked, waiting)
+        if free := [i for i in range(len(asked)) if found.status[i]]:
+            told = asked.at(found.fidelity).rows(free)
+            self._tell(told, [found.quality[i] for i in free], [found.status[i] for i in free])
+        return kept.plus(asked.rows(found.new)), twins.plus(asked.rows(found.twins))
+
+    def _sort_out(self, asked: _Priced, waiting: dict[str, float]) -> _Sorted:
+        """Rows to evaluate, twins of those that wait for it, and for the rest what is known of them."""
+        n = len(asked)
+        found = _Sorted([], [], [math.nan] * n, [""] * n, asked.proposals.fidelity.copy())
+        for i, identity in enumerate(self.space.canonical_ids(asked.proposals.genomes)):
             if asked.violation[i] > 0:
-                status[i] = SCREENED
+                found.status[i] = SCREENED
                 self.counts.infeasible += 1
                 continue
-            if identity in self._quality:
-                quality[i] = self._quality[identity]
-                status[i] = FAILED if math.isnan(quality[i]) else DUPLICATE
+            fidelity, quality = self._known.get(identity, (0.0, math.nan))
+            if fidelity >= found.fidelity[i]:
+                found.fidelity[i], found.quality[i] = fidelity, quality
+                found.status[i] = FAILED if math.isnan(quality) else DUPLICATE
                 self.counts.duplicates += 1
-            elif identity in waiting:
-                self.counts.duplicates += 1
+            elif waiting.get(identity, 0.0) >= found.fidelity[i]:
+                found.twins.append(i)
             else:
-                waiting.add(identity)
-                new.append(i)
-        return new, quality, status
+                waiting[identity] = float(found.fidelity[i])
+                found.new.append(i)
+        return found
 
-    def _price(self, proposals: Proposals) -> _Priced:
+    def _nothing(self, source: str) -> _Priced:
+        genomes = np.empty((0, len(self.space.choices)), dtype=np.int64)
+        return self._price(Proposals(np.empty(0, dtype=np.int64), genomes, np.empty(0)), source)
+
+    def _price(self, proposals: Proposals, source: str = ASKED) -> _Priced:
         costs = self.estimator.price(proposals.genomes)
-        return _Priced(proposals, costs, violation(costs, self.estimator.costs, self.limits))
+        return _Priced(proposals, costs, violation(costs, self.estimator.costs, self.limits), source)
 
     def _fastest(self) -> str:
         genomes = self.space.sample(np.random.default_rng(0), 20_000)
@@ -162,7 +266,7 @@ class SearchController:
 
     # ---- the slow loop: what is trained is recorded ------------------------------------------------
 
-    def _evaluate(self, proposed: _Priced) -> list[Trial]:
+    def _evaluate(self, proposed: _Priced, width: int) -> list[Trial]:
         trials: dict[int, Trial] = {}
         todo: list[int] = []
         proposals = proposed.proposals
@@ -171,22 +275,31 @@ class SearchController:
             if recorded is None:
                 todo.append(i)
                 continue
-            if recorded.genome != tuple(int(g) for g in proposals.genomes[i]):
+            wanted = (tuple(int(g) for g in proposals.genomes[i]), float(proposals.fidelity[i]))
+            if (recorded.genome, recorded.fidelity) != wanted:
                 raise StudyError(
                     f"Trial {index} of the study is another candidate than this experiment asks for.",
                     remedy="resume with the versions and the table it was begun with, or start afresh with --out",
                 )
             trials[i] = recorded
             self._report(recorded)
-        items = [(proposals.genomes[i], float(proposals.fidelity[i])) for i in todo]
-        for position, evaluation in self.executor.run(evaluate_one, items):
-            i = todo[position]
-            trials[i] = self._record(proposed, i, evaluation)
+        for attempt in range(1 + self.retries):
+            items = [(proposals.genomes[i], float(proposals.fidelity[i])) for i in todo]
+            again: list[int] = []
+            for position, evaluation in self.executor.run(evaluate_one, items):
+                i = todo[position]
+                if attempt < self.retries and (isinstance(evaluation, Exception) or evaluation.failed):
+                    again.append(i)
+                else:
+                    trials[i] = self._record(proposed, i, evaluation, width)
+            todo = sorted(again)
         for i, trial in trials.items():
-            self._quality[self.space.canonical_id(proposals.genomes[i])] = trial.quality
+            identity = self.space.canonical_id(proposals.genomes[i])
+            if trial.fidelity >= self._known.get(identity, (0.0, math.nan))[0]:
+                self._known[identity] = trial.fidelity, trial.quality
         return [trials[i] for i in range(len(proposed))]
 
-    def _record(self, proposed: _Priced, i: int, evaluation: Evaluation | Exception) -> Trial:
+    def _record(self, proposed: _Priced, i: int, evaluation: Evaluation | Exception, width: int) -> Trial:
         named = dict(zip(self.estimator.costs, proposed.costs[i].tolist(), strict=True))
         evaluation, reward = self._judge(evaluation, named[self.reward_cost])
         trial = Trial(
@@ -201,6 +314,9 @@ class SearchController:
             reason=evaluation.reason,
             seconds=evaluation.seconds,
             elapsed=time.monotonic() - self._start,
+            fidelity=float(proposed.proposals.fidelity[i]),
+            source=proposed.source,
+            batch=width,
         )
         self.study.add(trial)
         self._report(trial)
@@ -238,7 +354,7 @@ class SearchController:
                 reward=reward,
                 fidelity=proposed.proposals.fidelity,
                 status=np.array(status),
-                source=np.full(len(values), ASKED),
+                source=np.full(len(values), proposed.source),
             )
         )
         self._told += len(values)
@@ -246,20 +362,24 @@ class SearchController:
 
 @dataclass(frozen=True)
 class _Priced:
-    """Proposals with their costs ``[n, k]`` and violations ``[n]``: priced once, used throughout."""
+    """Proposals of one source with their costs ``[n, k]`` and violations ``[n]``: priced once, used throughout."""
 
     proposals: Proposals
     costs: Array
     violation: Array
+    source: str
 
     def __len__(self) -> int:
         return len(self.proposals.index)
 
     def rows(self, which: list[int]) -> _Priced:
         p = self.proposals
-        return _Priced(
-            Proposals(p.index[which], p.genomes[which], p.fidelity[which]), self.costs[which], self.violation[which]
-        )
+        chosen = Proposals(p.index[which], p.genomes[which], p.fidelity[which])
+        return replace(self, proposals=chosen, costs=self.costs[which], violation=self.violation[which])
+
+    def at(self, fidelity: Array) -> _Priced:
+        """The same with the fidelities at which they are known instead of those proposed."""
+        return replace(self, proposals=replace(self.proposals, fidelity=fidelity))
 
     def plus(self, other: _Priced) -> _Priced:
         p, q = self.proposals, other.proposals
@@ -268,9 +388,19 @@ class _Priced:
             np.concatenate([p.genomes, q.genomes]),
             np.concatenate([p.fidelity, q.fidelity]),
         )
-        return _Priced(
-            joined, np.concatenate([self.costs, other.costs]), np.concatenate([self.violation, other.violation])
-        )
+        costs = np.concatenate([self.costs, other.costs])
+        return _Priced(joined, costs, np.concatenate([self.violation, other.violation]), self.source)
+
+
+@dataclass
+class _Sorted:
+    """Rows to evaluate and rows that wait for another's evaluation; of the others status, quality and its fidelity."""
+
+    new: list[int]
+    twins: list[int]
+    quality: list[float]
+    status: list[str]
+    fidelity: Array
 
 
 def objective(estimator: CostEstimator, limits: tuple[Limit, ...], reward: Reward, cost: str) -> Objective:
@@ -299,8 +429,13 @@ def evaluate_one(evaluator: Evaluator, item: tuple[Genomes, float]) -> Evaluatio
 
 
 def best(trials: list[Trial], count: int) -> list[Trial]:
-    """The ``count`` feasible trials of highest reward, the faster first where rewards are equal."""
+    """The ``count`` feasible trials of highest reward, the faster first where rewards are equal.
+
+    Only trials of the highest fidelity that any of them has: what less training gave is not comparable.
+    """
     scored = [trial for trial in trials if trial.status == COMPLETE and trial.violation == 0]
+    highest = max((trial.fidelity for trial in scored), default=1.0)
+    scored = [trial for trial in scored if trial.fidelity == highest]
     return sorted(scored, key=lambda trial: (-trial.reward, trial.costs.get("latency_ms", 0.0), trial.index))[:count]
 
 

@@ -118,12 +118,18 @@ class BudgetSection(Section):
 
 
 class SearchSection(Section):
-    """How much is tried. ``batch`` belongs to the experiment; ``workers`` to the machine (0: this process)."""
+    """How much is tried, and what is known or wanted before the strategy is asked.
+
+    ``batch``, ``enqueue`` and ``earlier`` belong to the experiment; ``workers`` to the machine (0: this process).
+    """
 
     trials: int = Field(24, ge=1)
     seconds: float = Field(math.inf, gt=0)
     batch: int = Field(4, ge=1)
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    retries: int = Field(0, ge=0, le=1)
+    enqueue: tuple[dict[str, bool | int | float | str], ...] = ()
+    earlier: tuple[str, ...] = ()
 
 
 class Epochs(Section):
@@ -195,7 +201,8 @@ class Experiment(Section):
         for section in ("name", "finalists", "baselines", "study"):
             plain.pop(section)
         plain["table"] = self.table.path
-        plain["search"] = {"batch": self.search.batch}
+        search = plain["search"]
+        plain["search"] = {"batch": search["batch"], **{k: search[k] for k in ("enqueue", "earlier") if search[k]}}
         return plain
 
 
@@ -259,7 +266,7 @@ def _set(raw: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError, origin: str) -> ExperimentError:
     first = error.errors()[0]
     # Pydantic adds the member of a union that it tried; "strategy" is none, whatever it begins with.
-    tried = re.compile(r"(constrained-)?(float|str|int)|literal\[.*")
+    tried = re.compile(r"(constrained-)?(bool|float|str|int)|literal\[.*")
     key = ".".join(str(part) for part in first["loc"] if not tried.fullmatch(str(part)))
     if first["type"] == "extra_forbidden":
         model: Any = Experiment

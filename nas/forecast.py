@@ -44,7 +44,8 @@ def forecast(experiment: Experiment) -> list[str]:
     arms = 1 + ("random" in experiment.baselines)
     lines += table_lines
     lines.append(
-        f"{arms} × {experiment.search.trials} candidates to train, about {step * _steps(job, job.recipe):.1f} s each"
+        f"{arms} × {experiment.search.trials} full trainings of candidates, or shorter ones that add up to as many, "
+        f"about {step * _steps(job, job.recipe):.1f} s each"
     )
     lines.append(f"about {seconds / 60:.1f} minutes in all (a cached teacher or table takes its share away)")
     return lines

@@ -24,6 +24,7 @@ import yaml
 from nas import content
 from nas.arms import entrants, measure_finalists, search_arm
 from nas.controller import Counts
+from nas.earlier import earlier_trials
 from nas.errors import BudgetError, ExperimentError, StudyError
 from nas.evaluators import Distil
 from nas.evaluators.train import Lessons, Recipe
@@ -116,6 +117,11 @@ class Job:
         """Trains without a teacher: for teachers themselves, and for exports whose weights do not matter."""
         lessons = Lessons.prepare(self.task, None, self.experiment.training.views, self.experiment.seed)
         return Distil(self.space, self.task, lessons, self.recipe, self.experiment.seed)
+
+    @cached_property
+    def earlier(self) -> list[Trial]:
+        """What the runs in ``search.earlier`` found."""
+        return earlier_trials(self.experiment, self.space, self.run, self.warn)
 
     @property
     def workers(self) -> int:
@@ -246,6 +252,17 @@ class Job:
             )
         return share
 
+    def check_search(self) -> None:
+        """Refuse candidates and earlier runs of another space now, not after the teacher's training.
+
+        Raises:
+            SpaceError: an enqueued candidate is not of the space.
+            StudyError: an earlier run is not.
+        """
+        for candidate in self.experiment.search.enqueue:
+            self.space.encode_partly(candidate)
+        _ = self.earlier
+
     def strategy(self, kind: str, settings: dict[str, Any], seed: int, objective: Objective | None = None) -> Strategy:
         """A strategy over this space's genes."""
         ordered = np.array([choice.ordered for choice in self.space.choices])
@@ -299,6 +316,7 @@ def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress
     with run_lock(run):
         open_run(experiment, run, resume)
         job = Job(experiment, run, progress or Silent())
+        job.check_search()
         with job.executor(job.untaught) as workers:
             table = job.table(workers)
             teacher = job.teacher(workers)

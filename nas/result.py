@@ -24,7 +24,7 @@ from nas.student.export import INPUT, onnx_macs_params
 from nas.student.finalists import Finalist
 from nas.student.package import load_model, operators, pack, versions
 from nas.student.teacher import Teacher, onnx_logits
-from nas.study import Trial
+from nas.study import Trial, trainings
 from nas.tasks import Task
 
 if TYPE_CHECKING:
@@ -169,6 +169,7 @@ def _manifest(
         "parity": {"max_abs_diff": winner.max_abs_diff, "agreement": winner.agreement},
         "search": {
             "strategy": job.experiment.strategy.kind, "evaluated": len(outcome.trials["search"]),
+            "trainings": trainings(outcome.trials["search"]),
             "failed": sum(t.status != "complete" for t in outcome.trials["search"]), "seconds": outcome.seconds,
             "rank_correlation": rank_correlation(outcome),
         },
@@ -227,7 +228,8 @@ def _summary(
 
 def _trial(space: SearchSpace, trial: Trial) -> dict[str, Any]:
     return {
-        "index": trial.index, "status": trial.status, "candidate": space.decode(trial.genome).as_dict(),
+        "index": trial.index, "source": trial.source, "status": trial.status, "fidelity": trial.fidelity,
+        "candidate": space.decode(trial.genome).as_dict(),
         "quality": _known(trial.quality), "reward": _known(trial.reward), "latency_ms": trial.costs["latency_ms"],
         "size_bytes": trial.costs["size_bytes"], "violation": trial.violation, "reason": trial.reason,
         "seconds": trial.seconds,

@@ -170,6 +170,14 @@ class SearchSpace(abc.ABC):
             )
         return np.array([c.index(values[c.name]) for c in self.choices], dtype=np.int64)
 
+    def encode_partly(self, candidate: Mapping[str, Value]) -> dict[int, int]:
+        """Gene → value index of the choices that are named; raises SpaceError for unknown choices and values."""
+        if unknown := sorted(set(candidate) - set(self.position)):
+            raise SpaceError(
+                f"Space {self.name!r} has no choice {unknown[0]!r}.", expected=f"some of {list(self.position)}"
+            )
+        return {self.position[name]: self.choices[self.position[name]].index(v) for name, v in candidate.items()}
+
     def sample(self, rng: np.random.Generator, n: int) -> Genomes:
         """``n`` uniform genomes, ``[n, choices]``."""
         return rng.integers(0, self.cardinalities, size=(n, len(self.choices)), dtype=np.int64)

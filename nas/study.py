@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,8 +31,11 @@ class Trial:
     """One candidate that was evaluated, or that failed.
 
     Attributes:
-        index: its number from the strategy; ``seen`` outcomes had been told when it was asked.
+        index: its number from the strategy (negative where it was enqueued); ``seen`` outcomes had been told when it
+            was asked for, as one of ``batch``.
         genome: row of value indices.
+        fidelity: the share of the full training that it got.
+        source: ``asked`` by the strategy, or ``enqueued``.
         costs: predicted costs by name.
         quality, reward: NaN where it failed; ``reason`` says why.
         status: complete or failed.
@@ -48,6 +53,14 @@ class Trial:
     reason: str = ""
     seconds: float = 0.0
     elapsed: float = 0.0
+    fidelity: float = 1.0
+    source: str = "asked"
+    batch: int = 0
+
+
+def trainings(trials: Iterable[Trial]) -> float:
+    """How many full trainings the trials are worth: the sum of their fidelities."""
+    return math.fsum(trial.fidelity for trial in trials)
 
 
 class _ProcessLock:
@@ -109,9 +122,7 @@ class Study:
         cut = cut_torn_tail(path)
         if cut:
             self.repaired = f"{path.name}: a last line torn by a crash ({cut} bytes) was cut off"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return JournalStorage(JournalFileBackend(str(path), _ProcessLock(path.with_name(f".{path.name}.lock"))))  # type: ignore[arg-type]
+        return _journal(path)
 
     def _check_identity(self, identity: dict[str, Any], storage: str | Path) -> None:
         plain = json.loads(json.dumps(identity))
@@ -126,17 +137,23 @@ class Study:
             )
 
     def add(self, trial: Trial) -> None:
-        """Record one finished trial; it is on disk when this returns."""
+        """Record one finished trial; it is on disk when this returns.
+
+        To Optuna a trial of less than the full training is one that was pruned, so that its own tools do not take
+        its value for a full one's.
+        """
         params = {c.name: c.values[g] for c, g in zip(self.space.choices, trial.genome, strict=True)}
         done = trial.status == "complete"
         attributes = {
             "index": trial.index, "genome": list(trial.genome), "seen": trial.seen, "status": trial.status,
             "costs": trial.costs, "violation": trial.violation, "quality": trial.quality if done else None,
-            "reason": trial.reason, "seconds": trial.seconds, "elapsed": trial.elapsed,
+            "reason": trial.reason, "seconds": trial.seconds, "elapsed": trial.elapsed, "fidelity": trial.fidelity,
+            "source": trial.source, "batch": trial.batch,
         }  # fmt: skip
+        partly = TrialState.PRUNED if trial.fidelity < 1 else TrialState.COMPLETE
         self._study.add_trial(
             create_trial(
-                state=TrialState.COMPLETE if done else TrialState.FAIL,
+                state=partly if done else TrialState.FAIL,
                 value=trial.reward if done else None,
                 params=params,
                 distributions=dict(self._distributions),
@@ -146,24 +163,83 @@ class Study:
 
     def __iter__(self) -> Iterator[Trial]:
         """All trials by index."""
-        found = (self._read(t) for t in self._study.get_trials(deepcopy=False) if "index" in t.user_attrs)
+        found = (_read(t) for t in self._study.get_trials(deepcopy=False) if "index" in t.user_attrs)
         return iter(sorted(found, key=lambda trial: trial.index))
-
-    @staticmethod
-    def _read(frozen: optuna.trial.FrozenTrial) -> Trial:
-        a = frozen.user_attrs
-        done = a["status"] == "complete"
-        return Trial(
-            index=a["index"], genome=tuple(a["genome"]), seen=a["seen"], status=a["status"], costs=a["costs"],
-            violation=a["violation"], quality=a["quality"] if done else math.nan,
-            reward=float(frozen.value) if done and frozen.value is not None else math.nan,
-            reason=a["reason"], seconds=a["seconds"], elapsed=a["elapsed"],
-        )  # fmt: skip
 
     def genomes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Genomes of all trials, ``[trials, choices]``."""
         rows = [trial.genome for trial in self]
         return np.array(rows, dtype=np.int64).reshape(len(rows), len(self.space.choices))
+
+
+def _read(frozen: optuna.trial.FrozenTrial) -> Trial:
+    a = frozen.user_attrs
+    done = a["status"] == "complete"
+    return Trial(
+        index=a["index"], genome=tuple(a["genome"]), seen=a["seen"], status=a["status"], costs=a["costs"],
+        violation=a["violation"], quality=a["quality"] if done else math.nan,
+        reward=float(frozen.value) if done and frozen.value is not None else math.nan,
+        reason=a["reason"], seconds=a["seconds"], elapsed=a["elapsed"],
+        # Studies that were begun before trials had these are of full trainings that a strategy asked for.
+        fidelity=a.get("fidelity", 1.0), source=a.get("source", "asked"), batch=a.get("batch", 0),
+    )  # fmt: skip
+
+
+def read_trials(storage: str | Path, space: SearchSpace, prefix: str = "") -> list[Trial]:
+    """All trials of another search's studies over the same space; nothing of it is changed.
+
+    Args:
+        storage: path of a journal file, or an Optuna storage URL.
+        prefix: read the studies whose names begin so.
+
+    Returns:
+        Their genomes are of ``space``, whatever the order of its choices and values was then.
+
+    Raises:
+        StudyError: there is no such storage, or its trials are of another space.
+    """
+    with TemporaryDirectory() as folder:
+        try:
+            opened = _open_copy(storage, Path(folder))
+            studies = [
+                optuna.load_study(study_name=name, storage=opened)
+                for name in optuna.get_all_study_names(opened)
+                if name.startswith(prefix)
+            ]
+            frozen = [t for study in studies for t in study.get_trials(deepcopy=False) if "index" in t.user_attrs]
+        except Exception as error:
+            raise StudyError(f"The study in {storage} cannot be read: {error}.", remedy="name another run") from error
+    for trial in frozen:
+        _check_choices(trial.distributions, space, storage)
+    return [replace(_read(t), genome=tuple(space.encode(t.params).tolist())) for t in frozen]
+
+
+def _open_copy(storage: str | Path, folder: Path) -> Any:
+    """The storage for reading: of a journal a copy, because mending a torn one is up to the run that owns it."""
+    if isinstance(storage, str) and "://" in storage:
+        return storage
+    copied = folder / "study.jsonl"
+    shutil.copyfile(storage, copied)
+    cut_torn_tail(copied)
+    return _journal(copied)
+
+
+def _journal(path: Path) -> JournalStorage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        lock: Any = _ProcessLock(path.with_name(f".{path.name}.lock"))
+        return JournalStorage(JournalFileBackend(str(path), lock))
+
+
+def _check_choices(found: dict[str, Any], space: SearchSpace, storage: str | Path) -> None:
+    values = {name: set(getattr(distribution, "choices", ())) for name, distribution in found.items()}
+    wanted = {choice.name: set(choice.values) for choice in space.choices}
+    if differing := sorted(name for name in {*values, *wanted} if values.get(name) != wanted.get(name)):
+        raise StudyError(
+            f"The study in {storage} is of another space than {space.name!r}: {', '.join(differing)} differ.",
+            expected="the same choices with the same values",
+            remedy="leave that run out of search.earlier",
+        )
 
 
 def cut_torn_tail(journal: Path) -> int:

@@ -14,14 +14,14 @@ import pytest
 from helpers import TinySpace, domain_of, latency_limit, plain, tiny_estimator, tiny_quality
 
 from nas.controller import Budget, SearchController, best, evaluate_one
-from nas.errors import BudgetError, StudyError, TrainingError
+from nas.errors import BudgetError, SpaceError, StudyError, TrainingError
 from nas.evaluators import Evaluation, Evaluator, Lookup
 from nas.executors import Executor, Processes, Serial
 from nas.reward import Limit, MnasNetHard, Reward, TuNASAbsolute
 from nas.space import Genomes
-from nas.strategies import Domain, Outcomes, RandomSearch, Strategy, strategies
-from nas.strategies.base import ASKED, COMPLETE, DUPLICATE, FAILED, SCREENED
-from nas.study import Study, Trial
+from nas.strategies import Domain, Draws, Outcomes, Proposals, RandomSearch, Strategy, strategies
+from nas.strategies.base import ASKED, COMPLETE, DUPLICATE, EARLIER, ENQUEUED, FAILED, SCREENED
+from nas.study import Study, Trial, trainings
 
 SPACE = TinySpace()
 ESTIMATOR = tiny_estimator(SPACE)
@@ -45,7 +45,7 @@ class Listening(RandomSearch):
         super().__init__(domain, seed)
         self.told: list[Outcomes] = []
 
-    def tell(self, outcomes: Outcomes) -> None:
+    def learn(self, outcomes: Outcomes) -> None:
         self.told.append(outcomes)
 
 
@@ -324,6 +324,260 @@ def test_qualities_of_any_float_type(path: Path) -> None:
             return Evaluation(np.float32(0.5))  # type: ignore[arg-type]
 
     assert [t.quality for t in controller(path, evaluator=Single(), trials=2).run()] == [0.5, 0.5]
+
+
+# ---- fidelity ----------------------------------------------------------------------------------------
+
+
+class Ladder(RandomSearch):
+    """Asks for every genome of a list at the fidelities that stand beside it, then for random ones in full."""
+
+    def __init__(self, domain: Domain, script: Sequence[tuple[int, float]]) -> None:
+        super().__init__(domain, 0)
+        self.script, self.told = list(script), list[Outcomes]()
+
+    def propose_at(self, draws: Draws) -> tuple[Genomes, Any]:
+        genomes, fidelity = super().propose_at(draws)
+        for row, number in enumerate(draws.index.tolist()):
+            if number < len(self.script):
+                which, fidelity[row] = self.script[number]
+                genomes[row] = SPACE.sample(np.random.default_rng(which), 1)[0]
+        return genomes, fidelity
+
+    def learn(self, outcomes: Outcomes) -> None:
+        self.told.append(outcomes)
+
+    def heard(self) -> list[tuple[int, str, float, float]]:
+        """Number, status, fidelity and quality of everything told, in the order of telling."""
+        return [
+            (int(o.index[i]), str(o.status[i]), float(o.fidelity[i]), float(o.quality[i]))
+            for o in self.told
+            for i in range(len(o))
+        ]
+
+
+class Slow(Evaluator):
+    """Quality grows with the training."""
+
+    def __init__(self) -> None:
+        self.given: list[float] = []
+
+    def evaluate(self, genome: Genomes, fidelity: float = 1.0) -> Evaluation:
+        self.given.append(fidelity)
+        return Evaluation(tiny_quality(genome) * fidelity)
+
+
+def test_a_lower_fidelity_never_stands_in_for_a_higher_one(path: Path) -> None:
+    evaluator = Slow()
+    strategy = Ladder(domain_of(SPACE), [(0, 0.25), (0, 0.5), (0, 0.25), (0, 0.5), (0, 1.0), (0, 0.25), (0, 1.0)])
+    trials = controller(path, strategy=strategy, evaluator=evaluator, budget=Budget(2), batch=1).run()
+    assert evaluator.given[:3] == [0.25, 0.5, 1.0]
+    quality = tiny_quality(np.array(trials[0].genome))
+    assert strategy.heard()[:7] == [
+        (0, COMPLETE, 0.25, 0.25 * quality),
+        (1, COMPLETE, 0.5, 0.5 * quality),
+        (2, DUPLICATE, 0.5, 0.5 * quality),
+        (3, DUPLICATE, 0.5, 0.5 * quality),
+        (4, COMPLETE, 1.0, quality),
+        (5, DUPLICATE, 1.0, quality),
+        (6, DUPLICATE, 1.0, quality),
+    ]
+    for t in trials:
+        assert t.reward == float(MnasNetHard(0.02)(t.quality, t.costs["latency_ms"]))
+    assert [(t.index, t.fidelity) for t in list(controller(path).study)[:3]] == [(0, 0.25), (1, 0.5), (4, 1.0)]
+
+
+def test_the_budget_counts_full_trainings(path: Path) -> None:
+    script = [(i, 1 / 9) for i in range(18)]
+    strategy = Ladder(domain_of(SPACE), script)
+    trials = controller(path, strategy=strategy, evaluator=Slow(), budget=Budget(5), batch=4).run()
+    assert 5 - 1e-9 <= trainings(trials) < 6
+    assert len(trials) > 5
+    assert [t.fidelity for t in best(trials, 9)] == [1.0] * sum(t.fidelity == 1 for t in trials)
+    assert {t.fidelity for t in best(trials[:4], 9)} == {1 / 9}, "where none was trained in full, the next best"
+
+
+def test_a_failure_at_a_low_fidelity_is_no_failure_at_a_higher_one(path: Path) -> None:
+    class Late(Slow):
+        def evaluate(self, genome: Genomes, fidelity: float = 1.0) -> Evaluation:
+            return Evaluation(math.nan if fidelity < 1 else tiny_quality(genome))
+
+    strategy = Ladder(domain_of(SPACE), [(0, 0.5), (0, 0.25), (0, 1.0), (0, 0.5)])
+    controller(path, strategy=strategy, evaluator=Late(), budget=Budget(2), batch=1).run()
+    heard = strategy.heard()[:4]
+    assert [h[1] for h in heard] == [FAILED, FAILED, COMPLETE, DUPLICATE]
+    assert [h[2] for h in heard] == [0.5, 0.5, 1.0, 1.0]
+
+
+def test_a_resume_at_another_fidelity_is_refused(path: Path) -> None:
+    for fidelity, wanted in ((0.5, True), (0.5, True), (0.25, False)):
+        one = controller(path, strategy=Ladder(domain_of(SPACE), [(0, fidelity)]), budget=Budget(1), batch=1)
+        if wanted:
+            one.run()
+        else:
+            with pytest.raises(StudyError, match="another candidate"):
+                one.run()
+
+
+# ---- twins -------------------------------------------------------------------------------------------
+
+
+class Repeating(Ladder):
+    """Does not look whether it repeats itself: what others' strategies may do."""
+
+    def ask(self, n: int = 1) -> Proposals:
+        asked = super().ask(n)
+        genomes, fidelity = asked.genomes.copy(), asked.fidelity.copy()
+        for row, number in enumerate(asked.index.tolist()):
+            if number < len(self.script):
+                which, fidelity[row] = self.script[number]
+                genomes[row] = SPACE.sample(np.random.default_rng(which), 1)[0]
+        return Proposals(asked.index, genomes, fidelity)
+
+
+def test_twins_are_told_with_the_batch(path: Path) -> None:
+    """Nothing stays under way for ever: a proposal of what waits in the batch gets the quality that is found."""
+    evaluator = Slow()
+    strategy = Repeating(domain_of(SPACE), [(0, 1.0), (0, 1.0), (0, 0.5), (1, 0.5), (1, 1.0), (1, 0.5), (2, 1.0)])
+    one = controller(path, strategy=strategy, evaluator=evaluator, trials=3, batch=3)
+    trials = one.run()
+    assert [t.index for t in trials][:3] == [0, 3, 4]
+    assert not len(strategy.pending)
+    (first, *_) = strategy.told
+    assert first.index.tolist() == [0, 1, 2, 3, 4]
+    assert first.status.tolist() == [COMPLETE, DUPLICATE, DUPLICATE, COMPLETE, COMPLETE]
+    assert first.fidelity.tolist() == [1.0, 1.0, 1.0, 0.5, 1.0]
+    assert len(set(first.quality[:3])) == 1
+    assert np.isfinite(first.reward).all()
+    assert one.counts.asked == len(trials) + one.counts.infeasible + one.counts.duplicates
+
+
+def test_twins_of_a_failure_failed(path: Path) -> None:
+    strategy = Repeating(domain_of(SPACE), [(0, 1.0), (0, 1.0)])
+    evaluator = Recording(lambda genome: math.nan)
+    controller(path, strategy=strategy, evaluator=evaluator, trials=2, batch=2).run()
+    assert strategy.told[0].status.tolist() == [FAILED, FAILED, FAILED]
+    assert len(evaluator.genomes) == 2
+
+
+# ---- from elsewhere ----------------------------------------------------------------------------------
+
+
+def test_enqueued_candidates_come_first(path: Path, tmp_path: Path) -> None:
+    limit = latency_limit(ESTIMATOR, 0.6)
+    whole = SPACE.decode(np.zeros(8, dtype=np.int64)).as_dict()
+    wanted = [whole, {"width": 8, "kd_weight": 0.5}, {}, dict(whole)]
+    strategy = Listening(domain_of(SPACE), 3)
+
+    def run(path: Path, evaluator: Evaluator, strategy: Strategy) -> list[Trial]:
+        return controller(
+            path, strategy=strategy, evaluator=evaluator, limits=[limit], trials=8, enqueue=wanted, batch=2
+        ).run()
+
+    evaluator = Recording()
+    trials = run(path, evaluator, strategy)
+    assert len(trials) == len(evaluator.genomes) == 8, "they are paid for like any other"
+    assert [(t.index, t.source) for t in trials[:3]] == [(-4, ENQUEUED), (-3, ENQUEUED), (-2, ENQUEUED)]
+    assert {t.source for t in trials[3:]} == {ASKED}
+    assert SPACE.decode(trials[0].genome).as_dict() == whole
+    second = SPACE.decode(trials[1].genome)
+    assert (second["width"], second["kd_weight"]) == (8, 0.5)
+    assert all(t.violation == 0 and t.fidelity == 1 for t in trials)
+    told = [(int(o.index[i]), str(o.status[i]), str(o.source[i])) for o in strategy.told for i in range(len(o))]
+    # The fourth repeats the first, which is known when its turn comes.
+    assert told[:4] == [
+        (-4, COMPLETE, ENQUEUED), (-3, COMPLETE, ENQUEUED), (-1, DUPLICATE, ENQUEUED), (-2, COMPLETE, ENQUEUED),
+    ]  # fmt: skip
+    assert not len(strategy.pending)
+    for k in (0, 1, 3, 5):
+        again = Recording()
+        cut = truncated(path, tmp_path / f"{k}.jsonl", k)
+        assert plain(run(cut, again, Listening(domain_of(SPACE), 3))) == plain(trials)
+        assert len(again.genomes) == 8 - k
+
+
+def test_an_enqueued_candidate_that_breaks_the_budget(path: Path) -> None:
+    limit = latency_limit(ESTIMATOR, 0.2)
+    heavy = {"depth": 2, "width": 16, "bits": 32, "prune": 0.0, "kernel": 5}
+    one = controller(path, limits=[limit], trials=3, enqueue=[heavy, {"width": 8}])
+    trials = one.run()
+    assert one.ruled_out == [heavy]
+    assert [t.source for t in trials] == [ENQUEUED, ASKED, ASKED]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "said"), [({"colour": 1}, "no choice 'colour'"), ({"width": 9}, "9 is no value of choice 'width'")]
+)
+def test_an_enqueued_candidate_of_another_space(path: Path, candidate: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpaceError, match=said):
+        controller(path, enqueue=[candidate]).run()
+
+
+def test_earlier_outcomes_cost_nothing_and_are_believed(path: Path, tmp_path: Path) -> None:
+    """Their qualities are another search's; costs and rewards are this one's, and they may be evaluated again."""
+    limit = latency_limit(ESTIMATOR, 0.5)
+    earlier = controller(tmp_path / "then.jsonl", evaluator=Recording(moody), reward=MnasNetHard(1.0), trials=20).run()
+    strategy = Listening(domain_of(SPACE), 9)
+    evaluator = Recording()
+    trials = controller(path, strategy=strategy, evaluator=evaluator, limits=[limit], trials=30, earlier=earlier).run()
+    assert len(trials) == len(evaluator.genomes) == 30
+    assert trials[0].seen >= 20
+    first, *_ = strategy.told
+    assert (first.source == EARLIER).all()
+    np.testing.assert_array_equal(first.genomes, [t.genome for t in earlier])
+    np.testing.assert_array_equal(first.quality, [t.quality for t in earlier])
+    costs = ESTIMATOR.price(first.genomes)
+    np.testing.assert_array_equal(first.costs, costs)
+    np.testing.assert_array_equal(first.violation > 0, costs[:, 0] > limit.limit)
+    scored = first.status == COMPLETE
+    np.testing.assert_array_equal(first.reward[scored], MnasNetHard(0.02)(first.quality[scored], costs[scored, 0]))
+    assert np.isnan(first.reward[~scored]).all()
+    assert not all((o.source == EARLIER).any() for o in strategy.told[1:])
+    ids = {SPACE.canonical_id(np.array(t.genome)) for t in earlier}
+    assert ids & {SPACE.canonical_id(np.array(t.genome)) for t in trials}, "they are no known qualities"
+
+
+def test_an_earlier_quality_that_the_reward_refuses(path: Path, tmp_path: Path) -> None:
+    reward = TuNASAbsolute(0.02)
+    earlier = controller(tmp_path / "then.jsonl", evaluator=Recording(lambda g: -1.0), reward=reward, trials=2).run()
+    strategy = Listening(domain_of(SPACE), 9)
+    controller(path, strategy=strategy, trials=2, earlier=earlier).run()
+    assert strategy.told[0].status.tolist() == [FAILED, FAILED]
+
+
+def test_earlier_outcomes_help(path: Path, tmp_path: Path) -> None:
+    """A population that an earlier search has filled is mutated from the first proposal on."""
+    earlier = controller(tmp_path / "then.jsonl", trials=50).run()
+
+    def run(path: Path, known: list[Trial]) -> list[Trial]:
+        strategy = strategies.get("evolution")(domain_of(SPACE), 1)
+        return controller(path, strategy=strategy, trials=6, earlier=known).run()
+
+    assert np.mean([t.reward for t in run(path, earlier)]) > np.mean([t.reward for t in run(tmp_path / "b.jsonl", [])])
+
+
+# ---- retries -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_failure_may_be_tried_again(path: Path, retries: int) -> None:
+    class Flaky(Recording):
+        def evaluate(self, genome: Genomes, fidelity: float = 1.0) -> Evaluation:
+            before = sum(np.array_equal(genome, other) for other in self.genomes)
+            self.genomes.append(genome.copy())
+            if genome[1] == 1 and before == 0:
+                raise TrainingError("Out of time in epoch 2 after 3 s.")
+            return Evaluation(math.nan if genome[4] == 1 else tiny_quality(genome))
+
+    evaluator = Flaky()
+    trials = controller(path, evaluator=evaluator, trials=16, retries=retries).run()
+    assert len(trials) == len(list(controller(path).study)) == 16
+    late = [t for t in trials if t.genome[1] == 1 and t.genome[4] == 0]
+    assert late
+    assert {t.status for t in late} == {COMPLETE if retries else FAILED}
+    assert all(t.reason == "the quality is nan" for t in trials if t.genome[4] == 1 and (retries or t.genome[1] == 0))
+    failures = sum(t.genome[1] == 1 or t.genome[4] == 1 for t in trials)
+    assert len(evaluator.genomes) == 16 + retries * failures
 
 
 # ---- resuming ----------------------------------------------------------------------------------------

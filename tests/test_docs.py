@@ -227,6 +227,7 @@ def plugins() -> Iterator[tuple[str, str, Callable[..., Any], int]]:
     """Section, name, constructor, and how many positional arguments the engine fills in."""
     yield from (("task", name, tasks.get(name), 1) for name in tasks)
     yield from (("strategy", name, strategies.get(name), 2) for name in strategies)
+    yield "strategy", "halving:NAME", strategies.get("halving:random"), 2
     yield from (("reward", name, rewards.get(name), 1) for name in rewards)
     yield from (("space", name, load_space_class(name), 1) for name in available("search_spaces"))
 

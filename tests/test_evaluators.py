@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,6 +71,14 @@ def test_lookup() -> None:
     assert missing.reason == "the table has no such genome"
     function = pickle.loads(pickle.dumps(Lookup(tiny_quality)))
     assert function.evaluate(EVERYTHING).quality == tiny_quality(EVERYTHING)
+
+
+def test_a_lookup_answers_at_the_fidelities_that_it_has() -> None:
+    table = Lookup({(0, 1): 0.75}, lower={0.06: {(0, 1): 0.5}, 1 / 3: lambda genome: 0.6})
+    genome = np.array([0, 1])
+    assert [table.evaluate(genome, f).quality for f in (1.0, 12 / 200, 3**-1)] == [0.75, 0.5, 0.6]
+    assert table.evaluate(genome, 0.5).reason == "there is no table for fidelity 0.5"
+    assert Lookup({(0, 1): 0.75}).evaluate(genome, 0.5).failed, "a full training's quality is not a short one's"
 
 
 # ---- the guard ---------------------------------------------------------------------------------------
@@ -189,17 +198,30 @@ def test_the_experiments_seed_matters(distil: Distil) -> None:
 
 
 def test_fidelity_shortens_the_training(distil: Distil, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Recipe] = []
+    """The steps of an optimiser are the cost; each phase of the training gets its share."""
+    steps: list[list[float]] = []
 
-    def fit(self: Distil, genome: Genomes, recipe: Recipe) -> torch.nn.Module:
-        seen.append(recipe)
-        return TinyModel(self.task.info, 8, None)
+    class Counted(torch.optim.AdamW):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            steps.append([])
 
-    monkeypatch.setattr(Distil, "fit", fit)
+        def step(self, *args: Any, **settings: Any) -> Any:
+            steps[-1].append(self.param_groups[0]["lr"])
+            return super().step(*args, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Counted)
     one = replace(distil, recipe=replace(RECIPE, epochs=10, compressed_epochs=3))
-    for fidelity in (1.0, 0.5, 0.1):
-        one.evaluate(PLAIN, fidelity)
-    assert [recipe.epochs for recipe in seen] == [10, 5, 3]
+    found = [one.evaluate(EVERYTHING, fidelity) for fidelity in (1.0, 0.5, 1 / 9, 1e-3)]
+    lengths = np.array([len(phase) for phase in steps]).reshape(4, 2)
+    per_epoch = lengths[0].sum() / 10
+    np.testing.assert_array_equal(lengths[0], [7 * per_epoch, 3 * per_epoch])
+    np.testing.assert_array_equal(lengths[1], np.round(lengths[0] / 2))
+    np.testing.assert_array_equal(lengths[2], np.round(lengths[0] / 9))
+    np.testing.assert_array_equal(lengths[3], [1, 1])
+    # The schedule is whole, whatever its length: up, then down to nearly nothing.
+    assert steps[4][-1] < 0.2 * max(steps[4])
+    assert len({one.quality for one in found}) > 1
 
 
 def test_evaluating_leaves_the_global_generator_alone(distil: Distil) -> None:

@@ -57,6 +57,10 @@ def test_a_plugins_own_keys_are_kept_for_it() -> None:
         (having(search={"trials": "many"}), r"search\.trials is 'many'"),
         (having(search={"workers": "all"}), r"search\.workers is 'all'"),
         (having(search={"workers": -1}), r"search\.workers is -1"),
+        (having(search={"retries": 2}), r"search\.retries is 2"),
+        (having(search={"enqueue": [3]}), r"search\.enqueue\.0 is 3"),
+        (having(search={"enqueue": [{"width": [3]}]}), r"search\.enqueue\.0\.width is \[3\]"),
+        (having(search={"earlier": "runs/a"}), r"search\.earlier is 'runs/a'"),
         (having(search=5), r"search is 5"),
         (having(search=None), r"search is None"),
         (having(strategy={"kind": 5}), r"strategy\.kind is 5"),
@@ -212,7 +216,7 @@ def test_bad_overrides(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     "override",
     ["seed=1", "task.limit=100", "space.stem=[8,1]", "strategy.kind=random", "reward.w=-0.2", "budget.latency=20%",
-     "search.batch=2", "training.epochs=9", "teacher.epochs=3"],
+     "search.batch=2", "search.enqueue=[{}]", "search.earlier=[runs/a]", "training.epochs=9", "teacher.epochs=3"],
 )  # fmt: skip
 def test_what_a_resume_must_not_change(override: str) -> None:
     raw = having(strategy={"kind": "evolution"})
@@ -221,8 +225,9 @@ def test_what_a_resume_must_not_change(override: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["name=other", "search.trials=99", "search.seconds=60", "search.workers=1", "finalists.count=1", "baselines=[]"],
-)
+    ["name=other", "search.trials=99", "search.seconds=60", "search.workers=1", "search.retries=1", "finalists.count=1",
+     "baselines=[]"],
+)  # fmt: skip
 def test_what_a_resume_may_change(override: str) -> None:
     assert load_experiment(MINIMAL, [override]).identity == load_experiment(MINIMAL).identity
 

@@ -97,6 +97,40 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert json.loads((run / "summary.json").read_text())["trials"]
 
 
+@pytest.mark.slow
+def test_halving_with_outcomes_from_elsewhere_is_resumed_exactly(
+    prepared: tuple[Path, Path, dict[str, str]], tmp_path: Path
+) -> None:
+    """Trainings of several lengths, an enqueued candidate and an earlier run: killed and resumed, nothing differs."""
+    _, whole, environment = prepared
+    experiment = tmp_path / "halving.yaml"
+    strategy = {"kind": "halving:evolution", "eta": 2, "wrapped": {"population": 4, "sample": 2}}
+    search = {**SMALL["search"], "trials": 5, "enqueue": [{"kd_weight": 0.5}], "earlier": [str(whole)]}
+    experiment.write_text(json.dumps({**SMALL, "name": "halving", "strategy": strategy, "search": search}))
+    runs = tmp_path / "one", tmp_path / "two"
+    process = subprocess.Popen(
+        command(experiment, runs[0], "--resume"), env=environment, text=True, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert kill_when(runs[0], process, 7, 0.2), "the search was over before it could be killed"
+    for run in runs:
+        done = subprocess.run(
+            command(experiment, run, "--resume"), env=environment, capture_output=True, text=True, timeout=500
+        )
+        assert done.returncode == 0, done.stderr
+    found = trials(runs[0])
+    assert found == trials(runs[1])
+    assert found[0]["source"] == "enqueued"
+    assert {t["fidelity"] for t in found} == {0.25, 0.5, 1.0}
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    manifest = json.loads((runs[0] / "student" / "manifest.json").read_text())
+    assert 5 <= manifest["search"]["trainings"] < 6
+    assert manifest["search"]["evaluated"] == len(found) > 6
+    of_full = {t["index"] for t in found if t["fidelity"] == 1}
+    assert {f["index"] for f in summary["finalists"] if f["arm"] == "search"} <= of_full
+    assert "full trainings" in (runs[0] / "report.html").read_text()
+
+
 def test_a_second_process_is_refused_and_a_changed_experiment_too(
     prepared: tuple[Path, Path, dict[str, str]], tmp_path: Path
 ) -> None:

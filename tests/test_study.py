@@ -18,7 +18,8 @@ import pytest
 from helpers import TinySpace, plain
 
 from nas.errors import StudyError
-from nas.study import Study, Trial, cut_torn_tail
+from nas.space import Choice
+from nas.study import Study, Trial, cut_torn_tail, read_trials, trainings
 
 IDENTITY = {"seed": 0, "strategy": {"kind": "random"}, "choices": (1, 2)}
 
@@ -70,6 +71,81 @@ def test_optuna_reads_it_too(tmp_path: Path) -> None:
     assert [t.state.name for t in theirs.trials] == ["COMPLETE", "FAIL"]
     assert theirs.best_trial.value == 0.3
     assert theirs.best_trial.params == TinySpace().decode(trial(0).genome).as_dict()
+
+
+def test_a_short_training_is_pruned_to_optuna(tmp_path: Path) -> None:
+    """Its value is higher than any full training's here, and must not be taken for the best."""
+    path = tmp_path / "study.jsonl"
+    ours = study(path)
+    ours.add(trial(0))
+    ours.add(trial(1, fidelity=1 / 9, reward=5.0, source="enqueued", batch=3))
+    ours.add(trial(2, fidelity=1 / 9, status="failed", quality=math.nan, reward=math.nan))
+    theirs = ours._study
+    assert [t.state.name for t in theirs.trials] == ["COMPLETE", "PRUNED", "FAIL"]
+    assert theirs.best_value == 0.3
+    again = list(study(path))
+    assert [(t.fidelity, t.source, t.batch, t.reward) for t in again[:2]] == [
+        (1.0, "asked", 0, 0.3), (1 / 9, "enqueued", 3, 5.0),
+    ]  # fmt: skip
+    assert trainings(again) == pytest.approx(1 + 2 / 9)
+
+
+def test_a_study_from_before_fidelities(tmp_path: Path, journal: bytes) -> None:
+    """Older journals have no fidelity, source and batch: theirs were full trainings that a strategy asked for."""
+    path = tmp_path / "study.jsonl"
+    lines = [json.loads(line) for line in journal.splitlines()]
+    for line in lines:
+        for key in ("fidelity", "source", "batch"):
+            line.get("user_attrs", {}).pop(key, None)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "fidelity" not in path.read_text()
+    found = list(study(path))
+    assert [(t.index, t.fidelity, t.source, t.batch) for t in found] == [(i, 1.0, "asked", 0) for i in range(4)]
+
+
+# ---- another search's studies ------------------------------------------------------------------------
+
+
+def test_trials_of_another_search(tmp_path: Path) -> None:
+    path = tmp_path / "study.jsonl"
+    study(path).add(trial(0))
+    study(path, "random", seed=1).add(failed(1))
+    with path.open("ab") as file:
+        file.write(b'{"op_code": 4, "tor')  # it may be running, or have been killed
+    before = path.read_bytes()
+    found = read_trials(path, TinySpace())
+    assert plain(found) == plain([trial(0), failed(1)])
+    assert path.read_bytes() == before, "mending is up to the run that owns it"
+    url = f"sqlite:///{tmp_path}/study.db"
+    for name in ("a-run-search", "b-run-search"):
+        study(url, name).add(trial(3))
+    assert len(read_trials(url, TinySpace(), "a-run-")) == 1
+
+
+def test_the_order_of_another_searchs_values_does_not_matter(tmp_path: Path) -> None:
+    class Turned(TinySpace):
+        def __init__(self) -> None:
+            super().__init__()
+            self.choices = tuple(Choice(c.name, c.values[::-1], c.ordered) for c in reversed(self.choices))
+
+    study(tmp_path / "study.jsonl").add(trial(0))
+    (found,) = read_trials(tmp_path / "study.jsonl", Turned())
+    assert Turned().decode(found.genome).as_dict() == TinySpace().decode(trial(0).genome).as_dict()
+
+
+def test_another_space_is_refused_by_its_choices(tmp_path: Path) -> None:
+    class Other(TinySpace):
+        def __init__(self) -> None:
+            super().__init__()
+            wide = Choice("width", (8, 16, 24))
+            self.choices = (wide, Choice("rank", (1, 2)), *(c for c in self.choices if c.name not in ("width", "bits")))
+
+    study(tmp_path / "study.jsonl").add(trial(0))
+    with pytest.raises(StudyError, match=r"another space than 'tiny': bits, rank, width differ") as caught:
+        read_trials(tmp_path / "study.jsonl", Other())
+    assert "search.earlier" in caught.value.remedy
+    with pytest.raises(StudyError, match="cannot be read"):
+        read_trials(tmp_path / "absent.jsonl", TinySpace())
 
 
 def test_arms_do_not_mix(tmp_path: Path) -> None:

@@ -39,7 +39,10 @@ class Evaluator(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, genome: Genomes, fidelity: float = 1.0) -> Evaluation:
-        """Quality of ``genome [choices]`` at a share ``fidelity`` of the full training; may raise."""
+        """Quality of ``genome [choices]`` after a share ``fidelity`` in (0, 1] of the full training; may raise.
+
+        The cost must follow the share: searches are budgeted by the sum of the fidelities.
+        """
 
 
 evaluators: Registry[type[Evaluator]] = Registry("evaluator")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -35,22 +35,19 @@ class Distil(Evaluator):
     seed: int
 
     def evaluate(self, genome: Genomes, fidelity: float = 1.0) -> Evaluation:
-        recipe = self.recipe
-        if fidelity < 1:
-            recipe = replace(recipe, epochs=max(recipe.compressed_epochs, round(recipe.epochs * fidelity)))
-        model = self.fit(genome, recipe)
+        model = self.fit(genome, self.recipe, fidelity)
         x, y = self.task.split("valid")
         metrics = self.task.evaluate(predict(model, x), y.numpy())
         return Evaluation(metrics[self.task.metric], metrics)
 
-    def fit(self, genome: Genomes, recipe: Recipe) -> nn.Module:
-        """The trained, compressed (still simulating) model of a genome."""
+    def fit(self, genome: Genomes, recipe: Recipe, share: float = 1.0) -> nn.Module:
+        """The trained, compressed (still simulating) model of a genome, after a ``share`` of the recipe's steps."""
         candidate = self.space.decode(genome)
         seed = candidate_seed(self.space, genome, self.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.space.build(candidate)
-        return train(model, self.task, self.lessons, self.space.training(candidate), recipe, seed)
+        return train(model, self.task, self.lessons, self.space.training(candidate), recipe, seed, share)
 
 
 def candidate_seed(space: SearchSpace, genome: Genomes, seed: int) -> int:

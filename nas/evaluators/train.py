@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -72,8 +74,20 @@ def predict(model: nn.Module, x: torch.Tensor, batch: int = 512) -> npt.NDArray[
         return np.concatenate([model(x[i : i + batch]).numpy() for i in range(0, len(x), batch)])
 
 
-def train(model: nn.Module, task: Task, lessons: Lessons, training: Training, recipe: Recipe, seed: int) -> nn.Module:
+def train(
+    model: nn.Module,
+    task: Task,
+    lessons: Lessons,
+    training: Training,
+    recipe: Recipe,
+    seed: int,
+    share: float = 1.0,
+) -> nn.Module:
     """Train ``model`` and return it compressed (pruned for good, bits simulated), in evaluation mode.
+
+    Args:
+        share: of the recipe's steps that are made, before the compression and after it alike, with the learning rate's
+            whole schedule in them; at least one step each.
 
     Raises:
         TrainingError: the loss is not finite, or the time is up.
@@ -85,11 +99,11 @@ def train(model: nn.Module, task: Task, lessons: Lessons, training: Training, re
     plain = recipe.epochs - compressed
     # Depthwise convolutions train about twice as fast on a CPU with channels last.
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    _fit(model, task, lessons, training, recipe, recipe.lr, range(plain), generator, deadline)
+    _fit(model, task, lessons, training, recipe, recipe.lr, range(plain), generator, deadline, share)
     if training.compression:
         model = apply_passes(model, training.compression, lessons.x[0, :SAMPLE])
         epochs = range(plain, recipe.epochs)
-        _fit(model, task, lessons, training, recipe, recipe.lr * FINE_TUNE_LR, epochs, generator, deadline)
+        _fit(model, task, lessons, training, recipe, recipe.lr * FINE_TUNE_LR, epochs, generator, deadline, share)
     return model.eval()
 
 
@@ -103,34 +117,39 @@ def _fit(
     epochs: range,
     generator: torch.Generator,
     deadline: float,
+    share: float,
 ) -> None:
     n, batch = len(lessons.y), min(recipe.batch_size, len(lessons.y))
-    steps = max(1, len(epochs) * (n // batch))
+    steps = max(1, round(share * len(epochs) * (n // batch)))
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _one_cycle(step / steps))
     model.train()
+    for epoch, view, rows in islice(_batches(epochs, len(lessons.x), n, batch, generator), steps):
+        logits = model(lessons.x[view, rows])
+        if lessons.teacher is not None and training.kd_weight > 0:
+            loss = task.distillation_loss(
+                logits, lessons.teacher[view, rows], lessons.y[rows], training.kd_weight, training.temperature
+            )
+        else:
+            loss = task.loss(logits, lessons.y[rows])
+        if not torch.isfinite(loss):
+            raise TrainingError(f"The loss became {loss.item()} in epoch {epoch + 1}.", remedy="a lower training.lr")
+        if time.monotonic() > deadline:
+            raise TrainingError(f"Out of time in epoch {epoch + 1} after {recipe.seconds:g} s.")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+
+
+def _batches(
+    epochs: range, views: int, n: int, batch: int, generator: torch.Generator
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Epoch, view and rows of every step, in a new order each epoch."""
     for epoch in epochs:
-        view = epoch % len(lessons.x)
         order = torch.randperm(n, generator=generator)
         for i in range(0, n - batch + 1, batch):  # a last, smaller batch would upset batch normalisation
-            rows = order[i : i + batch]
-            logits = model(lessons.x[view, rows])
-            if lessons.teacher is not None and training.kd_weight > 0:
-                loss = task.distillation_loss(
-                    logits, lessons.teacher[view, rows], lessons.y[rows], training.kd_weight, training.temperature
-                )
-            else:
-                loss = task.loss(logits, lessons.y[rows])
-            if not torch.isfinite(loss):
-                raise TrainingError(
-                    f"The loss became {loss.item()} in epoch {epoch + 1}.", remedy="a lower training.lr"
-                )
-            if time.monotonic() > deadline:
-                raise TrainingError(f"Out of time in epoch {epoch + 1} after {recipe.seconds:g} s.")
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            schedule.step()
+            yield epoch, epoch % views, order[i : i + batch]
 
 
 def _one_cycle(progress: float) -> float:

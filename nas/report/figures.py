@@ -24,7 +24,7 @@ from nas.report.drawing import (
     view_floor,
 )
 from nas.report.formats import milliseconds
-from nas.report.summary import Record, meets, number, part, records, rows_in_order
+from nas.report.summary import Record, meets, number, part, records, rows_in_order, whole
 from nas.report.words import ARMS, limit_words, metric
 from nas.reward import pareto_front
 
@@ -39,7 +39,7 @@ MARKS = {
 def front(summary: Record) -> Figure:
     """Quality on the validation data against latency: trials as predicted, models as measured, budgets as lines."""
     figure = blank("latency (ms)", f"validation {metric(summary)}")
-    trials = plottable(records(summary, "trials"), "latency_ms", "quality")
+    trials = [item for item in plottable(records(summary, "trials"), "latency_ms", "quality") if whole(item)]
     lottery = [item for _, items in _arms(summary) for item in plottable(items, "latency_ms", "quality")]
     finalists = plottable(records(summary, "finalists"), "p50_ms", "quality_valid")
     rows = plottable(rows_in_order(summary), "p50_ms", "quality_valid")
@@ -59,15 +59,21 @@ def front(summary: Record) -> Figure:
 
 
 def trace(summary: Record) -> Figure:
-    """Reward of every trial and the best so far within budget, with each baseline's best so far beside it."""
-    figure = blank("trial", "reward")
+    """Reward of every fully trained trial and the best so far within budget, with each baseline's beside it.
+
+    Across lies what was spent: trials, or full trainings' worth where some had less than a full one.
+    """
     trials = records(summary, "trials")
+    figure = blank("trial" if all(map(whole, trials)) else "full trainings' worth", "reward")
+    judged = [
+        (x, item) for x, item in zip(_spent(trials), trials, strict=True) if known(item, "reward") and whole(item)
+    ]
     for fits, name, colour, symbol in (
         (False, "over budget", GREY, "x"),
         (True, "within budget", BLUE, "circle"),
     ):
-        chosen = [(i, item) for i, item in enumerate(trials, 1) if meets(item) == fits and known(item, "reward")]
-        x, y = [i for i, _ in chosen], [number(item, "reward") for _, item in chosen]
+        chosen = [(x, item) for x, item in judged if meets(item) == fits]
+        x, y = [x for x, _ in chosen], [number(item, "reward") for _, item in chosen]
         marker = {"color": colour, "symbol": symbol, "size": 6, "opacity": 0.7, "line": {"width": 1, "color": colour}}
         notes = [hover(item) for _, item in chosen]
         if chosen:
@@ -75,11 +81,16 @@ def trace(summary: Record) -> Figure:
     for arm, items in _arms(summary):
         _add_best(figure, items, f"best of {ARMS.get(arm, arm)}", ORANGE, "dot")
     _add_best(figure, trials, "best of the search", BLUE, "solid")
-    rewards = [number(item, "reward") or 0.0 for item in trials if known(item, "reward")]
+    rewards = [number(item, "reward") or 0.0 for _, item in judged]
     low = view_floor(rewards)
     if low is not None:
         figure.update_yaxes(range=[low, max(rewards) + 0.08 * (max(rewards) - low)])
     return figure
+
+
+def _spent(items: list[dict[str, Any]]) -> list[float]:
+    """Full trainings that had been spent with each trial."""
+    return [round(spent, 3) for spent in accumulate(number(item, "fidelity") or 1.0 for item in items)]
 
 
 def _arms(summary: Record) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -174,14 +185,16 @@ def _add_bounds(figure: Figure, summary: Record) -> None:
 
 
 def _add_best(figure: Figure, trials: list[dict[str, Any]], name: str, colour: str, dash: str) -> None:
-    """Best reward so far among the trials that met every budget, from the first that did."""
-    rewards = [number(item, "reward") if known(item, "reward") and meets(item) else None for item in trials]
+    """Best reward so far among the fully trained trials that met every budget, from the first that did."""
+    rewards = [
+        number(item, "reward") if known(item, "reward") and meets(item) and whole(item) else None for item in trials
+    ]
     best = list(accumulate(rewards, _better))
     if any(value is not None for value in best):
         line = {"color": colour, "width": 2, "shape": "hv", "dash": dash}
-        template = "%{y:.4f} after %{x} trials"
+        template = "%{y:.4f} after %{x} " + ("trials" if all(map(whole, trials)) else "trainings")
         figure.add_scatter(
-            x=list(range(1, len(best) + 1)),
+            x=_spent(trials),
             y=best,
             mode="lines",
             name=html.escape(name),
@@ -205,7 +218,8 @@ def below_view(summary: Record) -> int:
 def _searched(summary: Record) -> list[float]:
     """Qualities seen by the search and its baselines."""
     arms = [records(summary, "trials"), *(items for _, items in _arms(summary))]
-    return [number(item, "quality") or 0.0 for items in arms for item in plottable(items, "latency_ms", "quality")]
+    found = [item for items in arms for item in plottable(items, "latency_ms", "quality") if whole(item)]
+    return [number(item, "quality") or 0.0 for item in found]
 
 
 def _quality_axis(figure: Figure, searched: list[float], measured: list[float]) -> None:

@@ -13,7 +13,7 @@ from nas.report.drawing import Fragments
 from nas.report.formats import UNKNOWN, count, duration, kib, milliseconds, percent, points, score, text, times
 from nas.report.markup import Html, bullets, pairs, paragraphs, tag
 from nas.report.page import page, section
-from nas.report.summary import Record, number, part, ratio, read_summary, records, row, winner
+from nas.report.summary import Record, number, part, ratio, read_summary, records, row, whole, winner
 from nas.report.words import (
     baseline_sentences,
     budget_lines,
@@ -144,9 +144,10 @@ def _trace(summary: Record, drawings: Fragments) -> Html:
     target = number(reward, "target")
     aim = f" with a target of {milliseconds(target)} ms" if target else ""
     asked = part(summary, "screened")
+    trained = "" if all(map(whole, records(summary, "trials"))) else "fully trained "
     lead = (
-        f"Every trial's reward ({reward.get('kind') or 'kind unknown'}{aim}), and the best so far among those within "
-        "budget. A search is worth its time where its line lies above that of random search."
+        f"Every {trained}trial's reward ({reward.get('kind') or 'kind unknown'}{aim}), and the best so far among those "
+        "within budget. A search is worth its time where its line lies above that of random search."
     )
     screened = ""
     if number(asked, "asked") is not None:

@@ -88,6 +88,12 @@ def meets(record: Record) -> bool:
     return number(record, "violation") == 0.0
 
 
+def whole(record: Record) -> bool:
+    """Whether a trial had the full training; nothing else is comparable with it."""
+    fidelity = number(record, "fidelity")
+    return fidelity is None or fidelity >= 1
+
+
 def ranked(finalists: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Finalists by falling measured reward; those never measured come last."""
 

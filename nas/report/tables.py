@@ -7,7 +7,7 @@ from typing import Any
 
 from nas.report.formats import UNKNOWN, duration, kib, milliseconds, percent, score, text
 from nas.report.markup import Html, pairs, safe, table, tag
-from nas.report.summary import Record, meets, number, part, ranked, records, rows_in_order
+from nas.report.summary import Record, meets, number, part, ranked, records, rows_in_order, whole
 from nas.report.terminal import COLUMNS, row_cells
 from nas.report.words import ARMS, metric, who
 
@@ -73,6 +73,10 @@ def trials(summary: Record, items: Sequence[dict[str, Any]]) -> Html:
 def _trial(item: Record) -> list[object]:
     status = text(item.get("status"))
     reason = item.get("reason")
+    if not whole(item):
+        status += f" at {percent(number(item, 'fidelity'))} of the training"
+    if item.get("source") == "enqueued":
+        status += ", enqueued"
     return [
         text(item.get("index")),
         f"{status}: {reason}" if reason else status,
@@ -87,7 +91,10 @@ def _trial(item: Record) -> list[object]:
 
 
 def arm_title(arm: str, items: Sequence[dict[str, Any]]) -> str:
-    """``random search: 40 trials, 2 failed``."""
+    """``random search: 40 trials, 2 failed``; what they are worth where not all had the full training."""
     failed = sum(item.get("status") == "failed" for item in items)
     plural = "" if len(items) == 1 else "s"
-    return f"{ARMS.get(arm, arm)}: {len(items)} trial{plural}" + (f", {failed} failed" if failed else "")
+    said = f"{ARMS.get(arm, arm)}: {len(items)} trial{plural}"
+    if not all(map(whole, items)):
+        said += f" worth {sum(number(item, 'fidelity') or 1.0 for item in items):.1f} full trainings"
+    return said + (f", {failed} failed" if failed else "")

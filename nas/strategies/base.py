@@ -18,6 +18,7 @@ Array = npt.NDArray[np.float64]
 COMPLETE, FAILED, SCREENED, DUPLICATE = "complete", "failed", "screened", "duplicate"
 ASKED, ENQUEUED, EARLIER = "asked", "enqueued", "earlier"
 REDRAWS = 8
+FIDELITY_BYTES = np.dtype(np.float64).itemsize
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,17 @@ class Outcomes:
     """What became of proposals, one row each.
 
     Attributes:
-        index, genomes, fidelity: as proposed.
+        index, genomes: as proposed; numbers mean something for "asked" ones only.
         quality: NaN unless known.
         costs: ``[n, k]``, always known.
         violation: how far hard budgets are broken, 0 = feasible.
         reward: NaN unless the quality is known.
+        fidelity: share of the full training that the quality was reached with: as proposed, but for a duplicate that
+            is known at a higher one. Qualities of different fidelities are not alike.
         status: complete, failed, screened (ruled out by its costs, never trained) or duplicate
-            (its quality was known already).
-        source: asked, enqueued, or from an earlier search: only "asked" ones are samples of this strategy.
+            (its quality was known already, at the proposed fidelity or a higher one).
+        source: asked; enqueued, which somebody else chose and this search evaluated; or earlier, which another
+            search found. Only "asked" ones are samples of this strategy.
     """
 
     index: npt.NDArray[np.int64]
@@ -123,10 +127,12 @@ class Strategy(abc.ABC):
 
     Contract: the proposals are a function of the seed and of the calls before; what proposal *n* draws is a
     function of (seed, *n*) (:class:`~nas.strategies.draws.Draws`). Proposals that are under way (asked for and not
-    yet told) are not proposed again while anything else can be drawn. Outcomes that were not "asked" may be told at
-    any time. Memory does not grow with what is asked. ``nas.testing.check_strategy`` tests it for any implementation.
+    yet told) are not proposed again at the same fidelity while anything else can be drawn. Outcomes that were not
+    "asked" may be told at any time. Memory does not grow with what is asked. ``nas.testing.check_strategy`` tests it
+    for any implementation.
 
-    A subclass implements :meth:`propose` and :meth:`learn`.
+    A subclass implements :meth:`propose` and :meth:`learn`; one that asks for less than the full training overrides
+    :meth:`propose_at` too.
 
     Args:
         domain: the genes.
@@ -136,56 +142,79 @@ class Strategy(abc.ABC):
     def __init__(self, domain: Domain, seed: int = 0) -> None:
         self.domain, self.seed = domain, seed
         self._asked = 0
-        self._waiting: dict[int, bytes] = {}  # number → canonical genome, of what is asked for and not yet told
-        self._taken: Counter[bytes] = Counter()
+        self._waiting: dict[int, bytes] = {}  # number → key (genome, fidelity) of what is asked for and not yet told
+        self._taken: Counter[bytes] = Counter()  # keys under way, and those retired
 
     @property
     def pending(self) -> Genomes:
         """Canonical genomes under way: asked for, not yet told; ``[waiting, choices]``."""
-        rows = [np.frombuffer(row, dtype=np.int64) for row in self._waiting.values()]
+        rows = [np.frombuffer(key[:-FIDELITY_BYTES], dtype=np.int64) for key in self._waiting.values()]
         return np.array(rows, dtype=np.int64).reshape(len(rows), len(self.domain.cardinalities))
 
     def ask(self, n: int = 1) -> Proposals:
         """``n`` proposals under the next ``n`` numbers, different from each other and from all under way."""
         index = np.arange(self._asked, self._asked + n, dtype=np.int64)
         self._asked += n
-        genomes = np.empty((n, len(self.domain.cardinalities)), dtype=np.int64)
+        genomes, fidelity = np.empty((n, len(self.domain.cardinalities)), dtype=np.int64), np.ones(n)
         left = np.arange(n)
         for attempt in range(REDRAWS):
             if not len(left):
                 break
-            genomes[left] = self.propose(Draws(self.seed, index[left], attempt))
-            left = self._reserve(index, genomes, left, last=attempt == REDRAWS - 1)
-        return Proposals(index, genomes, np.ones(n))
+            genomes[left], fidelity[left] = self.propose_at(Draws(self.seed, index[left], attempt))
+            left = self._reserve(Proposals(index, genomes, fidelity), left, last=attempt == REDRAWS - 1)
+        return Proposals(index, genomes, fidelity)
 
     def tell(self, outcomes: Outcomes) -> None:
         """Learn from outcomes; rows without a reward are tolerated."""
-        for number, source in zip(outcomes.index.tolist(), outcomes.source.tolist(), strict=True):
-            if source == ASKED and (row := self._waiting.pop(number, None)) is not None:
-                self._taken[row] -= 1
-                if not self._taken[row]:
-                    del self._taken[row]
+        self.release(outcomes.index[outcomes.source == ASKED])
         self.learn(outcomes)
+
+    def release(self, index: npt.NDArray[np.int64]) -> None:
+        """Proposals by number that are no longer under way: told, or taken back by whoever asked and learnt nothing."""
+        for number in index.tolist():
+            if (key := self._waiting.pop(number, None)) is not None:
+                self._taken[key] -= 1
+                if not self._taken[key]:
+                    del self._taken[key]
 
     @abc.abstractmethod
     def propose(self, draws: Draws) -> Genomes:
         """A genome for each number in ``draws``, ``[len(draws), choices]``, from the present state, left unchanged."""
 
+    def propose_at(self, draws: Draws) -> tuple[Genomes, Array]:
+        """Genomes, and the share of the full training that each is to get, ``[len(draws)]``; the whole by default.
+
+        A number whose proposal repeated another comes again, in ``draws`` of the next attempt.
+        """
+        return self.propose(draws), np.ones(len(draws))
+
     @abc.abstractmethod
     def learn(self, outcomes: Outcomes) -> None:
         """Take outcomes into the state."""
 
-    def _reserve(self, index: Genomes, genomes: Genomes, rows: Genomes, last: bool) -> Genomes:
-        """Mark the proposals as under way; returns the rows that repeat another (none of them, on the last try)."""
+    def _retire(self, genomes: Genomes, fidelity: float) -> None:
+        """Never propose these again at this fidelity: for strategies that keep everything that was evaluated."""
+        for key in self._keys(genomes, np.full(len(genomes), fidelity)):
+            self._taken[key] += 1
+
+    def _reserve(self, proposals: Proposals, rows: npt.NDArray[np.int64], last: bool) -> npt.NDArray[np.int64]:
+        """Mark proposals as under way; returns the rows that repeat another (none of them, on the last try)."""
         repeated = []
-        for row, genome in zip(rows.tolist(), self.domain.canonical(genomes[rows]), strict=True):
-            key = genome.tobytes()
+        keys = self._keys(proposals.genomes[rows], proposals.fidelity[rows])
+        for row, number, key in zip(rows.tolist(), proposals.index[rows].tolist(), keys, strict=True):
             if not last and key in self._taken:
                 repeated.append(row)
                 continue
-            self._waiting[int(index[row])] = key
+            self._waiting[number] = key
             self._taken[key] += 1
         return np.array(repeated, dtype=np.int64)
+
+    def _keys(self, genomes: Genomes, fidelity: Array) -> list[bytes]:
+        """What tells proposals apart: the canonical genome, and the fidelity in its last bytes."""
+        shares = fidelity.view(np.int64)[:, None]
+        rows = np.hstack([self.domain.canonical(genomes).astype(np.int64, copy=False), shares])
+        data, width = rows.tobytes(), rows.shape[1] * rows.itemsize
+        return [data[start : start + width] for start in range(0, len(data), width)]
 
 
 strategies: Registry[type[Strategy]] = Registry("strategy")
