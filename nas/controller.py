@@ -25,7 +25,7 @@ from nas.evaluators.base import Evaluation, Evaluator, guarded
 from nas.executors import Executor
 from nas.latency import CostEstimator
 from nas.locks import training_lock
-from nas.reward import Limit, Reward, pareto_front, violation
+from nas.reward import Limit, Reward, pareto_front, violation, where_defined
 from nas.space import Genomes, SearchSpace
 from nas.strategies.base import ASKED, COMPLETE, DUPLICATE, FAILED, SCREENED, Objective, Outcomes, Proposals, Strategy
 from nas.study import Study, Trial
@@ -59,9 +59,9 @@ class SearchController:
     Args:
         space: for decoding and canonical forms.
         strategy: asks and is told.
-        estimator: prices every genome before anything is trained; its costs include ``reward_cost``.
+        estimator: prices every genome before anything is trained; its costs include those that the reward reads.
         executor: runs evaluations; its shared object is the :class:`~nas.evaluators.Evaluator`.
-        reward: R(α) of quality and ``reward_cost``.
+        reward: R(α) of quality and costs.
         limits: hard budgets; what breaks them by prediction is never trained.
         study: the record.
         budget: when to stop.
@@ -79,12 +79,12 @@ class SearchController:
     study: Study
     budget: Budget
     batch: int = 4
-    reward_cost: str = "latency_ms"
     on_trial: Callable[[Trial], None] | None = None
     counts: Counts = field(default_factory=Counts)
 
     def run(self) -> list[Trial]:
         """Search until the budget is spent or the space is exhausted; returns all trials by index."""
+        self.reward.columns(self.estimator.costs)  # said now, and not once for every candidate
         self._recorded = {trial.index: trial for trial in self.study}
         self._quality: dict[str, float] = {}
         self._told = 0
@@ -188,7 +188,7 @@ class SearchController:
 
     def _record(self, proposed: _Priced, i: int, evaluation: Evaluation | Exception) -> Trial:
         named = dict(zip(self.estimator.costs, proposed.costs[i].tolist(), strict=True))
-        evaluation, reward = self._judge(evaluation, named[self.reward_cost])
+        evaluation, reward = self._judge(evaluation, proposed.costs[i])
         trial = Trial(
             index=int(proposed.proposals.index[i]),
             genome=tuple(int(g) for g in proposed.proposals.genomes[i]),
@@ -206,14 +206,14 @@ class SearchController:
         self._report(trial)
         return trial
 
-    def _judge(self, evaluation: Evaluation | Exception, cost: float) -> tuple[Evaluation, float]:
+    def _judge(self, evaluation: Evaluation | Exception, costs: Array) -> tuple[Evaluation, float]:
         """The reward; a quality that it is not defined for costs the search this candidate and nothing else."""
         if isinstance(evaluation, Exception):
             return Evaluation(math.nan, reason=str(evaluation)), math.nan
         if evaluation.failed:
             return evaluation, math.nan
         try:
-            return evaluation, float(self.reward(evaluation.quality, cost))
+            return evaluation, float(self.reward.score([evaluation.quality], costs[None], self.estimator.costs)[0])
         except RewardError as error:
             return Evaluation(math.nan, reason=error.found, seconds=evaluation.seconds), math.nan
 
@@ -226,8 +226,7 @@ class SearchController:
         known = np.isfinite(values)
         reward = np.full(len(values), math.nan)
         if known.any():
-            column = self.estimator.costs.index(self.reward_cost)
-            reward[known] = self.reward(values[known], proposed.costs[known, column])
+            reward[known] = self.reward.score(values[known], proposed.costs[known], self.estimator.costs)
         self.strategy.tell(
             Outcomes(
                 index=proposed.proposals.index,
@@ -273,21 +272,14 @@ class _Priced:
         )
 
 
-def objective(estimator: CostEstimator, limits: tuple[Limit, ...], reward: Reward, cost: str) -> Objective:
+def objective(estimator: CostEstimator, limits: tuple[Limit, ...], reward: Reward) -> Objective:
     """What strategies may know beforehand: the prices, the budgets and the reward, and nothing of any quality."""
-    column = estimator.costs.index(cost)
-
-    def rewarded(quality: Array, costs: Array) -> Array:
-        values = np.full(len(quality), math.nan)
-        for positive in (quality > 0, quality <= 0):
-            try:
-                values[positive] = reward(quality[positive], costs[positive, column])
-            except RewardError:  # not defined for a quality ≤ 0: such a prediction is no candidate
-                continue
-        return values
-
+    names = estimator.costs
     return Objective(
-        estimator.costs, estimator.price, lambda costs: violation(costs, estimator.costs, limits), rewarded
+        names,
+        estimator.price,
+        lambda costs: violation(costs, names, limits),
+        lambda quality, costs: where_defined(reward, quality, costs, names),
     )
 
 
