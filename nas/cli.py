@@ -1,4 +1,4 @@
-"""The command line: search, profile, report, list. The only place that prints and exits."""
+"""The command line: search, profile, front, report, list. The only place that prints and exits."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from nas import __version__
 from nas.errors import NasError
@@ -91,6 +94,24 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--out", type=Path, help="table file (default: this machine's cache, where searches look)")
     profile.set_defaults(function=_profile)
 
+    front = commands.add_parser(
+        "front", parents=[common], help="a run's Pareto front and best candidate under any reward; trains nothing"
+    )
+    front.add_argument("run", type=Path, help="run folder, of a search that goes on or is over")
+    front.add_argument("--reward", metavar="KIND", help="reward by name or module:name (default: the run's own)")
+    front.add_argument(
+        "--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="a key of the reward: w=-0.1"
+    )
+    front.add_argument(
+        "--limit", action="append", default=[], metavar="COST=VALUE", help="instead of the run's budget: latency_ms=3"
+    )
+    front.add_argument(
+        "--cost", action="append", default=[], help="what stands against quality (default: the budget's latency)"
+    )
+    front.add_argument("--arm", default="search", help="search (default), or a baseline that searches: random")
+    front.add_argument("--json", action="store_true", help="print JSON")
+    front.set_defaults(function=_front)
+
     report = commands.add_parser("report", parents=[common], help="write a run's report.html again and print its table")
     report.add_argument("run", type=Path, help="run folder")
     report.set_defaults(function=_report)
@@ -133,6 +154,30 @@ def _profile(options: argparse.Namespace) -> int:
     with bar.progress:
         path = build_only(experiment, options.out, bar)
     console.print(f"table written to {escape(str(path))}", soft_wrap=True)
+    return 0
+
+
+def _front(options: argparse.Namespace) -> int:
+    import json
+
+    from nas.fronts import rows, run_front, sentences
+
+    front = run_front(
+        options.run, kind=options.reward, settings=options.settings, limits=options.limit, costs=options.cost,
+        arm=options.arm,
+    )  # fmt: skip
+    if options.json:
+        print(json.dumps(front.plain(), indent=2, allow_nan=False))
+        return 0
+    head, *body = rows(front)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in head:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    for row in body:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    for line in sentences(front):
+        console.print(line, markup=False, soft_wrap=True)
     return 0
 
 

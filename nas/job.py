@@ -380,9 +380,16 @@ def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress
 
 
 def teacher_costs(run: Path) -> dict[str, float]:
-    """The teacher's measured latencies and file size, from the run folder that keeps them."""
-    timing = Timing(**json.loads((run / "teacher_latency.json").read_text()))
-    size = float((run / "teacher.onnx").stat().st_size)
+    """The teacher's measured latencies and file size, from the run folder that keeps them.
+
+    Raises:
+        StudyError: it does not.
+    """
+    try:
+        timing = Timing(**json.loads((run / "teacher_latency.json").read_text()))
+        size = float((run / "teacher.onnx").stat().st_size)
+    except (OSError, ValueError, TypeError) as error:
+        raise StudyError(f"{run} does not hold its teacher and the teacher's timing: {error}.") from error
     return dict(zip(COSTS, (timing.p50, timing.p95, size), strict=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -166,6 +167,38 @@ class Study:
         return np.array(rows, dtype=np.int64).reshape(len(rows), len(self.space.choices))
 
 
+def read_trials(storage: str | Path, name: str) -> list[tuple[Trial, dict[str, Any]]]:
+    """The trials of one arm by index, each with the values of its candidate's choices.
+
+    Changes nothing, not even a torn last line, and needs no space: a search may be writing at the same time.
+
+    Raises:
+        StudyError: there is no such arm, or the storage cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            opened = storage if isinstance(storage, str) and "://" in storage else _copied(Path(storage), Path(folder))
+            names = optuna.get_all_study_names(opened)
+            if name in names:
+                frozen = optuna.load_study(study_name=name, storage=opened).get_trials(deepcopy=False)
+        except Exception as error:
+            raise StudyError(f"The record of trials in {storage} cannot be read: {error}.") from error
+    if name not in names:
+        raise StudyError(f"{storage} has no trials of {name!r}.", expected=f"one of {', '.join(names) or 'none yet'}")
+    found = [(Study._read(trial), trial.params) for trial in frozen if "index" in trial.user_attrs]
+    return sorted(found, key=lambda pair: pair[0].index)
+
+
+def _copied(journal: Path, folder: Path) -> JournalStorage:
+    """A journal's whole lines: its last one may be torn, or be written this very moment."""
+    data = journal.read_bytes()
+    copy = folder / journal.name
+    copy.write_bytes(data[: _whole_lines(data)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return JournalStorage(JournalFileBackend(str(copy)))
+
+
 def cut_torn_tail(journal: Path) -> int:
     """Cut what follows the last whole line of a journal; returns how many bytes went.
 
@@ -175,6 +208,15 @@ def cut_torn_tail(journal: Path) -> int:
     if not journal.exists():
         return 0
     data = journal.read_bytes()
+    end = _whole_lines(data)
+    if end < len(data):
+        with journal.open("r+b") as file:
+            file.truncate(end)
+    return len(data) - end
+
+
+def _whole_lines(data: bytes) -> int:
+    """Where the last whole line of a journal ends."""
     end = len(data)
     while end:
         start = data.rfind(b"\n", 0, end - 1) + 1
@@ -182,10 +224,7 @@ def cut_torn_tail(journal: Path) -> int:
         if line.endswith(b"\n") and _is_json(line):
             break
         end = start
-    if end < len(data):
-        with journal.open("r+b") as file:
-            file.truncate(end)
-    return len(data) - end
+    return end
 
 
 def _is_json(line: bytes) -> bool:
