@@ -8,12 +8,9 @@ import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from nas import __version__
 from nas.errors import NasError
@@ -169,14 +166,10 @@ def _front(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(front.plain(), indent=2, allow_nan=False))
         return 0
-    head, *body = rows(front)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in head:
-        table.add_column(Text(name), justify="right", no_wrap=True)
-    for row in body:
-        table.add_row(*map(Text, row))
-    console.print(table)
-    for line in sentences(front):
+    table = rows(front)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    aligned = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
+    for line in (*aligned, "", *sentences(front)):
         console.print(line, markup=False, soft_wrap=True)
     return 0
 

@@ -25,7 +25,7 @@ import yaml
 from nas import content
 from nas.arms import entrants, measure_finalists, search_arm
 from nas.controller import Counts
-from nas.errors import BudgetError, ExperimentError, StudyError
+from nas.errors import BudgetError, ExperimentError, StudyError, TableError
 from nas.evaluators import Distil
 from nas.evaluators.train import Lessons, Recipe
 from nas.executors import Executor, Processes, Serial
@@ -176,7 +176,10 @@ class Job:
             table = LatencyTable.load(kept if kept.exists() else content.find("latency_tables", path))
             keys = list(self.space.keys())
             if missing := table.missing(keys):
-                raise table.lacks(missing, len(keys))
+                raise TableError(
+                    f"table.others.{name}: {table.lacks(missing, len(keys)).found}",
+                    remedy="build it again with `nas profile` for this space, on that device",
+                )
             found[name] = table
         return found
 
