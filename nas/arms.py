@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,8 @@ import numpy as np
 from nas.controller import Budget, Counts, SearchController, best, front, objective, spread
 from nas.errors import StudyError
 from nas.executors import Executor
-from nas.latency import AdditiveEstimator
+from nas.experiment import Experiment
+from nas.latency import CostEstimator
 from nas.latency.measure import Timing
 from nas.progress import Progress
 from nas.reward import Limit, Reward, violation
@@ -26,17 +28,15 @@ def search_arm(
     job: Job,
     arm: str,
     executor: Executor,
-    estimator: AdditiveEstimator,
+    estimator: CostEstimator,
     limits: tuple[Limit, ...],
     reward: Reward,
-    cost: str,
 ) -> tuple[list[Trial], Counts]:
     """Run one search; ``random`` is the baseline with the same budget, screening and training."""
     e = job.experiment
     job.progress.stage("search" if arm == "search" else f"baseline: {arm} search")
     kind, settings = (e.strategy.kind, e.strategy.settings) if arm == "search" else ("random", {})
-    storage = e.study.storage or job.run / "study.jsonl"
-    name = arm if e.study.storage is None else f"{e.name}-{job.run.name}-{arm}"
+    storage, name = recorded_in(e, job.run, arm)
     study = Study(storage, name, job.space, {**e.identity, "arm": arm, "limits": [vars(x) for x in limits]})
     if study.repaired:
         job.warn(study.repaired)
@@ -45,7 +45,7 @@ def search_arm(
     controller = SearchController(
         space=job.space,
         strategy=job.strategy(
-            kind, settings, e.seed if arm == "search" else e.seed + 10_000, objective(estimator, limits, reward, cost)
+            kind, settings, e.seed if arm == "search" else e.seed + 10_000, objective(estimator, limits, reward)
         ),
         estimator=estimator,
         executor=executor,
@@ -54,7 +54,6 @@ def search_arm(
         study=study,
         budget=Budget(e.search.trials, e.search.seconds),
         batch=e.search.batch,
-        reward_cost=cost,
         on_trial=watch,
         enqueue=e.search.enqueue if own else (),
         earlier=job.earlier if own else (),
@@ -72,8 +71,15 @@ def search_arm(
     return trials, controller.counts
 
 
+def recorded_in(experiment: Experiment, run: Path, arm: str) -> tuple[str | Path, str]:
+    """Where an arm's trials are: the storage, and the name of the study in it."""
+    if experiment.study.storage is None:
+        return run / "study.jsonl", arm
+    return experiment.study.storage, f"{experiment.name}-{run.name}-{arm}"
+
+
 def entrants(
-    job: Job, trials: dict[str, list[Trial]], estimator: AdditiveEstimator, limits: tuple[Limit, ...]
+    job: Job, trials: dict[str, list[Trial]], estimator: CostEstimator, limits: tuple[Limit, ...]
 ) -> list[Entrant]:
     """A few of every arm, and uniformly compressed members that fill the budget."""
     section = job.experiment.finalists
@@ -88,7 +94,7 @@ def entrants(
     return chosen
 
 
-def _uniform(job: Job, estimator: AdditiveEstimator, limits: tuple[Limit, ...], count: int) -> list[Entrant]:
+def _uniform(job: Job, estimator: CostEstimator, limits: tuple[Limit, ...], count: int) -> list[Entrant]:
     """Up to ``count`` uniformly compressed members within the budget, the slowest that it admits among them."""
     members = np.array([job.space.encode(c) for c in job.space.uniform()])
     costs = estimator.price(members)
@@ -106,7 +112,7 @@ def _uniform(job: Job, estimator: AdditiveEstimator, limits: tuple[Limit, ...], 
 
 
 def measure_finalists(
-    job: Job, entrants: list[Entrant], executor: Executor, reward: Reward, cost: str, limits: tuple[Limit, ...]
+    job: Job, entrants: list[Entrant], executor: Executor, reward: Reward, limits: tuple[Limit, ...]
 ) -> tuple[list[Finalist], dict[str, Timing]]:
     """Distil long, export, and measure all of them and the teacher side by side."""
     job.progress.stage("finalists")
@@ -125,7 +131,7 @@ def measure_finalists(
     models = {name: folder / name / "model.onnx" for name, known in facts.items() if "reason" not in known}
     models["teacher"] = job.run / "teacher.onnx"
     timings = measure_models(models, job.device, job.experiment.finalists.seconds, job.progress.update)
-    return judge(entrants, facts, timings, folder, reward, cost, limits), timings
+    return judge(entrants, facts, timings, folder, reward, limits), timings
 
 
 class _Watch:

@@ -1,4 +1,4 @@
-"""The command line: search, profile, report, list. The only place that prints and exits."""
+"""The command line: search, profile, front, report, list. The only place that prints and exits."""
 
 from __future__ import annotations
 
@@ -91,6 +91,24 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--out", type=Path, help="table file (default: this machine's cache, where searches look)")
     profile.set_defaults(function=_profile)
 
+    front = commands.add_parser(
+        "front", parents=[common], help="a run's Pareto front and best candidate under any reward; trains nothing"
+    )
+    front.add_argument("run", type=Path, help="run folder, of a search that goes on or is over")
+    front.add_argument("--reward", metavar="KIND", help="reward by name or module:name (default: the run's own)")
+    front.add_argument(
+        "--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="a key of the reward: w=-0.1"
+    )
+    front.add_argument(
+        "--limit", action="append", default=[], metavar="COST=VALUE", help="instead of the run's budget: latency_ms=3"
+    )
+    front.add_argument(
+        "--cost", action="append", default=[], help="what stands against quality (default: the budget's latency)"
+    )
+    front.add_argument("--arm", default="search", help="search (default), or a baseline that searches: random")
+    front.add_argument("--json", action="store_true", help="print JSON")
+    front.set_defaults(function=_front)
+
     report = commands.add_parser("report", parents=[common], help="write a run's report.html again and print its table")
     report.add_argument("run", type=Path, help="run folder")
     report.set_defaults(function=_report)
@@ -133,6 +151,26 @@ def _profile(options: argparse.Namespace) -> int:
     with bar.progress:
         path = build_only(experiment, options.out, bar)
     console.print(f"table written to {escape(str(path))}", soft_wrap=True)
+    return 0
+
+
+def _front(options: argparse.Namespace) -> int:
+    import json
+
+    from nas.fronts import rows, run_front, sentences
+
+    front = run_front(
+        options.run, kind=options.reward, settings=options.settings, limits=options.limit, costs=options.cost,
+        arm=options.arm,
+    )  # fmt: skip
+    if options.json:
+        print(json.dumps(front.plain(), indent=2, allow_nan=False))
+        return 0
+    table = rows(front)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    aligned = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
+    for line in (*aligned, "", *sentences(front)):
+        console.print(line, markup=False, soft_wrap=True)
     return 0
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ from nas.evaluators.base import Evaluation, Evaluator, guarded
 from nas.executors import Executor
 from nas.latency import CostEstimator
 from nas.locks import training_lock
-from nas.reward import Limit, Reward, pareto_front, violation
+from nas.reward import Limit, Reward, pareto_front, violation, where_defined
 from nas.space import Genomes, SearchSpace, Value
 from nas.strategies.base import (
     ASKED,
@@ -78,9 +78,9 @@ class SearchController:
     Args:
         space: for decoding and canonical forms.
         strategy: asks and is told.
-        estimator: prices every genome before anything is trained; its costs include ``reward_cost``.
+        estimator: prices every genome before anything is trained; its costs include those that the reward reads.
         executor: runs evaluations; its shared object is the :class:`~nas.evaluators.Evaluator`.
-        reward: R(α) of quality and ``reward_cost``.
+        reward: R(α) of quality and costs.
         limits: hard budgets; what breaks them by prediction is never trained.
         study: the record.
         budget: when to stop.
@@ -105,7 +105,6 @@ class SearchController:
     study: Study
     budget: Budget
     batch: int = 4
-    reward_cost: str = "latency_ms"
     on_trial: Callable[[Trial], None] | None = None
     enqueue: Sequence[Mapping[str, Value]] = ()
     earlier: Sequence[Trial] = ()
@@ -115,6 +114,7 @@ class SearchController:
 
     def run(self) -> list[Trial]:
         """Search until the budget is spent or the space is exhausted; returns all trials by index."""
+        self.reward.columns(self.estimator.costs)  # said now, and not once for every candidate
         self._recorded = {trial.index: trial for trial in self.study}
         self._numbers = sorted(self._recorded)
         self._known: dict[str, tuple[float, float]] = {}  # canonical id → highest fidelity evaluated, its quality
@@ -168,10 +168,9 @@ class SearchController:
         genomes = np.array([trial.genome for trial in self.earlier], dtype=np.int64)
         fidelity = np.array([trial.fidelity for trial in self.earlier])
         told = self._price(Proposals(np.arange(len(genomes)), genomes, fidelity), EARLIER)
-        column = self.estimator.costs.index(self.reward_cost)
         judged = [
-            self._judge(Evaluation(trial.quality), cost)[0]
-            for trial, cost in zip(self.earlier, told.costs[:, column].tolist(), strict=True)
+            self._judge(Evaluation(trial.quality), costs)[0]
+            for trial, costs in zip(self.earlier, told.costs, strict=True)
         ]
         self._tell(told, [one.quality for one in judged], [FAILED if one.failed else COMPLETE for one in judged])
 
@@ -301,7 +300,7 @@ class SearchController:
 
     def _record(self, proposed: _Priced, i: int, evaluation: Evaluation | Exception, width: int) -> Trial:
         named = dict(zip(self.estimator.costs, proposed.costs[i].tolist(), strict=True))
-        evaluation, reward = self._judge(evaluation, named[self.reward_cost])
+        evaluation, reward = self._judge(evaluation, proposed.costs[i])
         trial = Trial(
             index=int(proposed.proposals.index[i]),
             genome=tuple(int(g) for g in proposed.proposals.genomes[i]),
@@ -322,14 +321,14 @@ class SearchController:
         self._report(trial)
         return trial
 
-    def _judge(self, evaluation: Evaluation | Exception, cost: float) -> tuple[Evaluation, float]:
+    def _judge(self, evaluation: Evaluation | Exception, costs: Array) -> tuple[Evaluation, float]:
         """The reward; a quality that it is not defined for costs the search this candidate and nothing else."""
         if isinstance(evaluation, Exception):
             return Evaluation(math.nan, reason=str(evaluation)), math.nan
         if evaluation.failed:
             return evaluation, math.nan
         try:
-            return evaluation, float(self.reward(evaluation.quality, cost))
+            return evaluation, float(self.reward.score([evaluation.quality], costs[None], self.estimator.costs)[0])
         except RewardError as error:
             return Evaluation(math.nan, reason=error.found, seconds=evaluation.seconds), math.nan
 
@@ -342,8 +341,7 @@ class SearchController:
         known = np.isfinite(values)
         reward = np.full(len(values), math.nan)
         if known.any():
-            column = self.estimator.costs.index(self.reward_cost)
-            reward[known] = self.reward(values[known], proposed.costs[known, column])
+            reward[known] = self.reward.score(values[known], proposed.costs[known], self.estimator.costs)
         self.strategy.tell(
             Outcomes(
                 index=proposed.proposals.index,
@@ -403,21 +401,14 @@ class _Sorted:
     fidelity: Array
 
 
-def objective(estimator: CostEstimator, limits: tuple[Limit, ...], reward: Reward, cost: str) -> Objective:
+def objective(estimator: CostEstimator, limits: tuple[Limit, ...], reward: Reward) -> Objective:
     """What strategies may know beforehand: the prices, the budgets and the reward, and nothing of any quality."""
-    column = estimator.costs.index(cost)
-
-    def rewarded(quality: Array, costs: Array) -> Array:
-        values = np.full(len(quality), math.nan)
-        for positive in (quality > 0, quality <= 0):
-            try:
-                values[positive] = reward(quality[positive], costs[positive, column])
-            except RewardError:  # not defined for a quality ≤ 0: such a prediction is no candidate
-                continue
-        return values
-
+    names = estimator.costs
     return Objective(
-        estimator.costs, estimator.price, lambda costs: violation(costs, estimator.costs, limits), rewarded
+        names,
+        estimator.price,
+        lambda costs: violation(costs, names, limits),
+        lambda quality, costs: where_defined(reward, quality, costs, names),
     )
 
 
@@ -429,14 +420,16 @@ def evaluate_one(evaluator: Evaluator, item: tuple[Genomes, float]) -> Evaluatio
 
 
 def best(trials: list[Trial], count: int) -> list[Trial]:
-    """The ``count`` feasible trials of highest reward, the faster first where rewards are equal.
-
-    Only trials of the highest fidelity that any of them has: what less training gave is not comparable.
-    """
-    scored = [trial for trial in trials if trial.status == COMPLETE and trial.violation == 0]
-    highest = max((trial.fidelity for trial in scored), default=1.0)
-    scored = [trial for trial in scored if trial.fidelity == highest]
+    """The ``count`` feasible trials of highest reward, the faster first where rewards are equal."""
+    scored = comparable([trial for trial in trials if trial.violation == 0])
     return sorted(scored, key=lambda trial: (-trial.reward, trial.costs.get("latency_ms", 0.0), trial.index))[:count]
+
+
+def comparable(trials: Iterable[Trial]) -> list[Trial]:
+    """Trials with a quality, of the highest fidelity that any has: what less training gave is another measure."""
+    known = [trial for trial in trials if trial.status == COMPLETE]
+    highest = max((trial.fidelity for trial in known), default=1.0)
+    return [trial for trial in known if trial.fidelity == highest]
 
 
 def front(trials: list[Trial], count: int, cost: str = "latency_ms") -> list[Trial]:

@@ -14,7 +14,7 @@ from nas.errors import StudyError
 from nas.experiment import Experiment
 from nas.files import write_json
 from nas.space import SearchSpace
-from nas.study import Trial, read_trials
+from nas.study import Trial, read_earlier
 
 SAME = ("task", "training")
 
@@ -49,7 +49,7 @@ def _read(space: SearchSpace, folder: Path) -> tuple[Experiment, list[Trial]]:
         raise StudyError(f"search.earlier: {folder} is no run folder: {error}.", expected="a run folder") from error
     url = then.study.storage
     prefix = f"{then.name}-{folder.resolve().name}-" if url else ""
-    trials = read_trials(url or folder / "study.jsonl", space, prefix)
+    trials = read_earlier(url or folder / "study.jsonl", space, prefix)
     if not trials:
         raise StudyError(f"search.earlier: {folder} holds no trials.", remedy="leave it out")
     return then, trials

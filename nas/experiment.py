@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from nas import content
 from nas.errors import ExperimentError
@@ -55,10 +55,17 @@ class DeviceSection(Section):
     runtime: str = "onnxruntime"
 
 
+DeviceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
 class TableSection(Section):
-    """Latency table: ``auto`` finds or builds one for this device; otherwise a path or bundled name."""
+    """Latency table: ``auto`` finds or builds one for this device; otherwise a path or bundled name.
+
+    ``others`` are tables of other devices, by a name of your own: their latencies are further costs.
+    """
 
     path: str = "auto"
+    others: dict[DeviceName, str] = {}
     seconds: float = Field(20.0, gt=0)
     nets: int = Field(20, ge=8, le=30)
     noise: float = Field(0.01, ge=0)
@@ -105,11 +112,15 @@ def amount(value: Any) -> float | str:
 
 
 class BudgetSection(Section):
-    """Hard limits: milliseconds and bytes, or shares of the teacher's measured percentile and of its file."""
+    """Hard limits: milliseconds and bytes, or shares of the teacher's measured percentile and of its file.
+
+    ``others`` are milliseconds on other devices, by the names that ``table.others`` gives them.
+    """
 
     latency: float | str | None = None
     percentile: Literal["p50", "p95"] = "p50"
     size: float | str | None = None
+    others: dict[DeviceName, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
 
     @field_validator("latency", "size", mode="before")
     @classmethod
@@ -190,6 +201,14 @@ class Experiment(Section):
     baselines: tuple[Literal["random", "uniform"], ...] = ("uniform",)
     study: StudySection = StudySection()
 
+    @field_validator("budget")
+    @classmethod
+    def _known_devices(cls, budget: BudgetSection, info: ValidationInfo) -> BudgetSection:
+        known = info.data["table"].others if "table" in info.data else budget.others
+        if unknown := sorted(set(budget.others) - set(known)):
+            raise ValueError(f"budgets for the devices of table.others only, which lacks {unknown[0]!r}")
+        return budget
+
     def plain(self) -> dict[str, Any]:
         """JSON-able form, as it is written to the run folder (no limit on seconds is null)."""
         return _finite(self.model_dump(mode="python"))
@@ -200,7 +219,7 @@ class Experiment(Section):
         plain = self.plain()
         for section in ("name", "finalists", "baselines", "study"):
             plain.pop(section)
-        plain["table"] = self.table.path
+        plain["table"] = {"path": self.table.path, "others": self.table.others}
         search = plain["search"]
         plain["search"] = {"batch": search["batch"], **{k: search[k] for k in ("enqueue", "earlier") if search[k]}}
         return plain

@@ -10,9 +10,8 @@ import torch
 
 from nas.evaluators.train import Recipe
 from nas.experiment import Experiment
-from nas.job import COSTS, Job
-from nas.latency import AdditiveEstimator
-from nas.latency.measure import Timing
+from nas.job import Job
+from nas.latency import CostEstimator
 from nas.reward import Limit, violation
 from nas.space import Candidate
 from nas.student.tables import find_table
@@ -29,8 +28,7 @@ def forecast(experiment: Experiment) -> list[str]:
     """
     torch.set_num_threads(1)
     job = Job(experiment, Path("."))
-    job.reward((), Timing(1.0, 1.0, 1.0, 1, 0.0))  # a wrong key is said now, not after the training
-    job.strategy(experiment.strategy.kind, experiment.strategy.settings, experiment.seed)
+    job.check_keys()
     space = job.space
     lines = [
         f"task {experiment.task.data}: " + ", ".join(f"{len(job.task.split(s)[1])} {s}" for s in ("train", "valid")),
@@ -53,7 +51,7 @@ def forecast(experiment: Experiment) -> list[str]:
 
 def _table(job: Job) -> tuple[list[str], float, Candidate]:
     """Lines, seconds that a table would take, and a typical candidate."""
-    notes: list[str] = []
+    notes = [f"{name}: table {other.name}, predictions only" for name, other in job.others.items()]
     table = find_table(job.experiment.table.path, job.space, job.device, notes.append)
     rng = np.random.default_rng(0)
     genomes = job.space.sample(rng, SAMPLES)
@@ -62,10 +60,10 @@ def _table(job: Job) -> tuple[list[str], float, Candidate]:
         seconds = section.seconds + section.nets * EXPORT_SECONDS / max(1, job.workers) + 0.02 * len(job.space.keys())
         line = f"no table for this device: building one takes about {seconds:.0f} s; then it is known what is feasible"
         return [*notes, line], seconds, job.space.decode(genomes[0])
-    estimator = AdditiveEstimator(job.space, table, COSTS)
+    estimator = job.estimator(table)
     costs = estimator.price(genomes)
     limits, assumed = _limits(job, estimator)
-    feasible = violation(costs, COSTS, limits) == 0
+    feasible = violation(costs, estimator.costs, limits) == 0
     lines = [*notes, f"table {table.name} ({len(table.entries)} parts)"]
     count = feasible.mean() * job.space.size
     lines.append(f"{100 * feasible.mean():.1f} % of the space, about {count:,.0f} genomes, meets the budget{assumed}")
@@ -76,23 +74,14 @@ def _table(job: Job) -> tuple[list[str], float, Candidate]:
     return lines, 0.0, job.space.decode(genomes[middle])
 
 
-def _limits(job: Job, estimator: AdditiveEstimator) -> tuple[tuple[Limit, ...], str]:
+def _limits(job: Job, estimator: CostEstimator) -> tuple[tuple[Limit, ...], str]:
     """Budgets; shares of a teacher that is not trained yet are taken of the family's second largest member."""
     budget = job.experiment.budget
     ladder = job.space.ladder()
-    whole = estimator.price(job.space.encode(ladder[max(0, len(ladder) - 2)]))[0]
-    wanted = {
-        "latency_p95_ms" if budget.percentile == "p95" else "latency_ms": budget.latency,
-        "size_bytes": budget.size,
-    }
-    limits, relative = [], False
-    for cost, value in wanted.items():
-        if isinstance(value, str):
-            limits.append(Limit(cost, float(value[:-1]) / 100 * float(whole[COSTS.index(cost)])))
-            relative = True
-        elif value is not None:
-            limits.append(Limit(cost, value))
-    return tuple(limits), " (of a teacher of the usual size; it is not measured yet)" if relative else ""
+    whole = estimator.price(job.space.encode(ladder[max(0, len(ladder) - 2)]))[0].tolist()
+    relative = isinstance(budget.latency, str) or isinstance(budget.size, str)
+    assumed = " (of a teacher of the usual size; it is not measured yet)" if relative else ""
+    return job.limits(dict(zip(estimator.costs, whole, strict=True))), assumed
 
 
 def _steps(job: Job, recipe: Recipe) -> int:

@@ -7,10 +7,11 @@ task, space, device ─► table ─► teacher ─► budget ─► search (and
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,13 +26,15 @@ from nas import content
 from nas.arms import entrants, measure_finalists, search_arm
 from nas.controller import Counts
 from nas.earlier import earlier_trials
-from nas.errors import BudgetError, ExperimentError, StudyError
+from nas.errors import BudgetError, ExperimentError, StudyError, TableError
 from nas.evaluators import Distil
 from nas.evaluators.train import Lessons, Recipe
 from nas.executors import Executor, Processes, Serial
 from nas.experiment import Experiment
 from nas.files import digest, write_atomic, write_json
-from nas.latency import AdditiveEstimator, Device, LatencyTable
+from nas.latency import AdditiveEstimator, CostEstimator, Device, LatencyTable, SeveralDevices, on_device
+from nas.latency.estimator import LATENCIES
+from nas.latency.fit import FitError
 from nas.latency.measure import Timing
 from nas.latency.profile import describe
 from nas.locks import cache_dir, run_lock
@@ -47,7 +50,7 @@ from nas.study import Trial
 from nas.tasks import Task, tasks
 
 DISK_NEEDED = 200e6
-COSTS = ("latency_ms", "latency_p95_ms", "size_bytes")
+COSTS = (*LATENCIES, "size_bytes")
 TEACHER_SECONDS = 3.0
 
 
@@ -165,6 +168,40 @@ class Job:
             seconds=section.seconds, nets=section.nets, noise=section.noise, progress=self.progress.update,
         )  # fmt: skip
 
+    @cached_property
+    def others(self) -> dict[str, LatencyTable]:
+        """Tables of other devices by the experiment's names for them: the run's own copies on a resume.
+
+        Raises:
+            ContentError: there is no such table.
+            TableError: one is damaged or does not fit the space.
+        """
+        found = {}
+        for name, path in self.experiment.table.others.items():
+            kept = self.run / f"table-{name}.json"
+            table = LatencyTable.load(kept if kept.exists() else content.find("latency_tables", path))
+            keys = list(self.space.keys())
+            if missing := table.missing(keys):
+                raise TableError(
+                    f"table.others.{name}: {table.lacks(missing, len(keys)).found}",
+                    remedy="build it again with `nas profile` for this space, on that device",
+                )
+            found[name] = table
+        return found
+
+    def estimator(self, table: LatencyTable) -> CostEstimator:
+        """Prices for this device, and behind them the latencies on the others."""
+        own = AdditiveEstimator(self.space, table, COSTS)
+        others = {name: AdditiveEstimator(self.space, other, LATENCIES) for name, other in self.others.items()}
+        return SeveralDevices(own, others) if others else own
+
+    def errors(self, table: LatencyTable) -> dict[str, FitError]:
+        """Errors of the tables by the cost that they price."""
+        elsewhere = {
+            on_device(cost, name): other.errors[cost] for name, other in self.others.items() for cost in LATENCIES
+        }
+        return {**table.errors, **elsewhere}
+
     def teacher(self, executor: Executor) -> Teacher:
         """The teacher, from the machine's cache where it was trained before."""
         self.progress.stage("teacher")
@@ -192,25 +229,11 @@ class Job:
         facts["data"] = self.task.fingerprint
         return cache_dir() / "teachers" / digest(facts)[:16]
 
-    def limits(self, teacher: Teacher) -> tuple[tuple[Limit, ...], Timing]:
-        """Budgets in milliseconds and bytes, and the teacher's own measured latency they may refer to.
+    def time_teacher(self, teacher: Teacher) -> None:
+        """Measure the teacher, unless it was: its latency is kept in the run folder and beside the teacher.
 
-        Kept in the run folder and beside the teacher, so that a resumed or repeated search has the same ones.
+        So a resumed or repeated search has the same budgets.
         """
-        timing = self._teacher_timing(teacher)
-        budget = self.experiment.budget
-        limits = []
-        if budget.latency is not None:
-            p95 = budget.percentile == "p95"
-            whole = timing.p95 if p95 else timing.p50
-            limits.append(Limit("latency_p95_ms" if p95 else "latency_ms", _absolute(budget.latency, whole)))
-        if budget.size is not None:
-            limits.append(Limit("size_bytes", _absolute(budget.size, teacher.onnx.stat().st_size)))
-        return tuple(limits), timing
-
-    def _teacher_timing(self, teacher: Teacher) -> Timing:
-        import json
-
         kept = self.run / "teacher_latency.json"
         cached = teacher.onnx.with_name(f"latency-{self.device.fingerprint}.json")
         if not kept.exists():
@@ -219,18 +242,49 @@ class Job:
                 timing = measure_models({"teacher": teacher.onnx}, self.device, TEACHER_SECONDS, self.progress.update)
                 write_json(cached, timing["teacher"].__dict__)
             write_atomic(kept, cached.read_bytes())
-        return Timing(**json.loads(kept.read_text()))
 
-    def reward(self, limits: tuple[Limit, ...], teacher: Timing) -> tuple[Reward, str]:
-        """R(α) and the cost that it reads."""
+    @property
+    def latency(self) -> str:
+        """The latency that budget and reward mean."""
+        return "latency_p95_ms" if self.experiment.budget.percentile == "p95" else "latency_ms"
+
+    def limits(self, whole: Mapping[str, float]) -> tuple[Limit, ...]:
+        """Budgets in milliseconds and bytes; ``whole`` are the teacher's costs, which shares refer to."""
+        budget = self.experiment.budget
+        wanted = {
+            self.latency: budget.latency,
+            "size_bytes": budget.size,
+            **{on_device(self.latency, name): ms for name, ms in budget.others.items()},
+        }
+        return tuple(
+            Limit(cost, float(value[:-1]) / 100 * whole[cost] if isinstance(value, str) else value)
+            for cost, value in wanted.items() if value is not None
+        )  # fmt: skip
+
+    def reward(self, limits: Sequence[Limit], whole: Mapping[str, float]) -> Reward:
+        """R(α); it aims at the budgets, or at half of the teacher's costs ``whole`` where there are none.
+
+        Raises:
+            RewardError: it reads a cost that this experiment does not price, or has no target for one.
+        """
         section = self.experiment.reward
-        cost = "latency_p95_ms" if self.experiment.budget.percentile == "p95" else "latency_ms"
-        budgets = {limit.cost: limit.limit for limit in limits}
-        half = (teacher.p95 if cost == "latency_p95_ms" else teacher.p50) / 2
-        target = section.target or budgets.get(cost, half)
-        return construct(rewards.get(section.kind), section.settings, target, where="reward"), cost
+        targets = {cost: value / 2 for cost, value in whole.items()} | {limit.cost: limit.limit for limit in limits}
+        if section.target is not None:
+            targets[self.latency] = section.target
+        first = {self.latency: targets.pop(self.latency)}  # what a reward of one cost reads
+        reward = construct(rewards.get(section.kind), section.settings, first | targets, where="reward")
+        reward.columns(
+            (*COSTS, *(on_device(cost, name) for name in self.experiment.table.others for cost in LATENCIES))
+        )
+        return reward
 
-    def check_budget(self, estimator: AdditiveEstimator, limits: tuple[Limit, ...]) -> float:
+    def check_keys(self) -> None:
+        """Construct reward and strategy: a wrong key is said now, and not after the teacher's training."""
+        whole = dict.fromkeys(COSTS, 1.0)
+        self.reward(self.limits(whole), whole)
+        self.strategy(self.experiment.strategy.kind, self.experiment.strategy.settings, self.experiment.seed)
+
+    def check_budget(self, estimator: CostEstimator, limits: tuple[Limit, ...]) -> float:
         """Share of the space that meets the budget by prediction.
 
         Raises:
@@ -241,9 +295,9 @@ class Job:
         costs = estimator.price(np.concatenate([genomes, np.array(corners)]))
         share = float((violation(costs, estimator.costs, limits) == 0).mean())
         if share == 0:
+            lowest = dict(zip(estimator.costs, costs.min(axis=0), strict=True))
             found = "; ".join(
-                f"{limit.cost} ≤ {limit.limit:.4g} asked, the lowest is {costs[:, COSTS.index(limit.cost)].min():.4g}"
-                for limit in limits
+                f"{limit.cost} ≤ {limit.limit:.4g} asked, the lowest is {lowest[limit.cost]:.4g}" for limit in limits
             )
             raise BudgetError(
                 f"Nothing in space {self.space.name!r} meets the budget: {found}.",
@@ -317,23 +371,28 @@ def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress
         open_run(experiment, run, resume)
         job = Job(experiment, run, progress or Silent())
         job.check_search()
+        job.check_keys()
+        for name, other in job.others.items():
+            other.save(run / f"table-{name}.json")
         with job.executor(job.untaught) as workers:
             table = job.table(workers)
             teacher = job.teacher(workers)
-        limits, teacher_timing = job.limits(teacher)
-        estimator = AdditiveEstimator(job.space, table, COSTS)
-        screen = screening(limits, table)
+        job.time_teacher(teacher)
+        whole = teacher_costs(run)
+        limits = job.limits(whole)
+        estimator = job.estimator(table)
+        screen = screening(limits, job.errors(table))
         share = job.check_budget(estimator, screen)
         job.progress.note(_budget_text(limits, share))
-        reward, cost = job.reward(limits, teacher_timing)
+        reward = job.reward(limits, whole)
         lessons = Lessons.prepare(job.task, teacher.module, experiment.training.views, experiment.seed)
         student = Distil(job.space, job.task, lessons, job.recipe, experiment.seed)
         with job.executor(student) as workers:
             arms = ["search", *(["random"] if "random" in experiment.baselines else [])]
-            found = {arm: search_arm(job, arm, workers, estimator, screen, reward, cost) for arm in arms}
+            found = {arm: search_arm(job, arm, workers, estimator, screen, reward) for arm in arms}
             trials = {arm: trials for arm, (trials, _) in found.items()}
             chosen = entrants(job, trials, estimator, screen)
-            finalists, timings = measure_finalists(job, chosen, workers, reward, cost, limits)
+            finalists, timings = measure_finalists(job, chosen, workers, reward, limits)
         winner = choose(finalists, job.warn)
         outcome = Outcome(
             trials, found["search"][1], chosen, finalists, timings, winner, time.monotonic() - start, job.warnings
@@ -341,9 +400,23 @@ def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress
         return deliver(job, student, teacher, table, limits, reward, outcome)
 
 
-def screening(limits: tuple[Limit, ...], table: LatencyTable) -> tuple[Limit, ...]:
-    """The budgets for predictions: tighter by the table's own error, so that measurements meet the real ones."""
-    return tuple(Limit(limit.cost, limit.limit * (1 - min(0.2, table.errors[limit.cost].mape))) for limit in limits)
+def teacher_costs(run: Path) -> dict[str, float]:
+    """The teacher's measured latencies and file size, from the run folder that keeps them.
+
+    Raises:
+        StudyError: it does not.
+    """
+    try:
+        timing = Timing(**json.loads((run / "teacher_latency.json").read_text()))
+        size = float((run / "teacher.onnx").stat().st_size)
+    except (OSError, ValueError, TypeError) as error:
+        raise StudyError(f"{run} does not hold its teacher and the teacher's timing: {error}.") from error
+    return dict(zip(COSTS, (timing.p50, timing.p95, size), strict=True))
+
+
+def screening(limits: tuple[Limit, ...], errors: Mapping[str, FitError]) -> tuple[Limit, ...]:
+    """The budgets for predictions: tighter by the tables' own errors, so that measurements meet the real ones."""
+    return tuple(Limit(limit.cost, limit.limit * (1 - min(0.2, errors[limit.cost].mape))) for limit in limits)
 
 
 def choose(finalists: list[Finalist], warn: Any) -> Finalist:
@@ -360,10 +433,6 @@ def choose(finalists: list[Finalist], warn: Any) -> Finalist:
     if not own[0].feasible:
         warn(f"no finalist meets the budget as measured; the closest misses it by {100 * own[0].violation:.1f} %")
     return own[0]
-
-
-def _absolute(value: float | str, whole: float) -> float:
-    return float(value[:-1]) / 100 * whole if isinstance(value, str) else value
 
 
 def _budget_text(limits: tuple[Limit, ...], share: float) -> str:

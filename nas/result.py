@@ -13,12 +13,13 @@ import numpy as np
 import onnx
 import torch
 
+from nas.controller import comparable
 from nas.evaluators import Distil
 from nas.evaluators.train import predict
 from nas.files import write_atomic, write_json
-from nas.latency import LatencyTable
+from nas.latency import LatencyTable, elsewhere, on_device
 from nas.latency.fit import spearman
-from nas.reward import Limit, Reward
+from nas.reward import Limit, Reward, hypervolume, reference_point
 from nas.space import SearchSpace
 from nas.student.export import INPUT, onnx_macs_params
 from nas.student.finalists import Finalist
@@ -112,9 +113,10 @@ def _rows(job: Job, teacher: Teacher, outcome: Outcome, quality: dict[str, float
         rows.append(
             {
                 "name": "student" if arm == "search" else arm, "label": LABELS[arm], "quality": quality[arm],
-                "quality_valid": f.quality_onnx, "predicted_ms": f.entrant.costs["latency_ms"], "p50_ms": f.timing.p50,
-                "p95_ms": f.timing.p95, "size_bytes": f.size_bytes, "macs": f.macs, "params": f.params,
-                "reward": f.reward, "violation": f.violation,
+                "quality_valid": f.quality_onnx, "predicted_ms": f.entrant.costs["latency_ms"],
+                "predicted_elsewhere": elsewhere(f.entrant.costs), "p50_ms": f.timing.p50, "p95_ms": f.timing.p95,
+                "size_bytes": f.size_bytes, "macs": f.macs, "params": f.params, "reward": f.reward,
+                "violation": f.violation,
             }
         )  # fmt: skip
     return rows
@@ -160,8 +162,9 @@ def _manifest(
                 "predicted_ms": winner.entrant.costs["latency_ms"], "p50_ms": winner.timing.p50,
                 "p95_ms": winner.timing.p95, "noise": winner.timing.noise,
                 "teacher_p50_ms": outcome.timings["teacher"].p50, "threads": job.device.threads,
-                "batch": job.device.batch,
-            }
+                "batch": job.device.batch, "measured": True,
+            },
+            *_elsewhere(job, winner),
         ],
         "size_bytes": {"onnx": winner.size_bytes, "teacher_onnx": by_name["teacher"]["size_bytes"]},
         "macs": winner.macs,
@@ -189,6 +192,20 @@ def _manifest(
     }  # fmt: skip
 
 
+def _elsewhere(job: Job, winner: Finalist) -> list[dict[str, Any]]:
+    """The student on the other devices, where nothing is measured: what their tables predict."""
+    return [
+        {
+            "name": name, "device": table.device["name"], "fingerprint": table.device.get("fingerprint"),
+            "predicted_ms": winner.entrant.costs[on_device("latency_ms", name)],
+            "predicted_p95_ms": winner.entrant.costs[on_device("latency_p95_ms", name)],
+            "threads": table.device.get("threads"), "batch": table.device.get("batch"), "measured": False,
+            "table_sha256": table.sha256, "error": asdict(table.errors["latency_ms"]),
+        }
+        for name, table in job.others.items()
+    ]  # fmt: skip
+
+
 def _summary(
     job: Job,
     table: LatencyTable,
@@ -212,7 +229,11 @@ def _summary(
         },
         "finalists": [_finalist(job.space, f, outcome) for f in outcome.finalists],
         "limits": [{"cost": limit.cost, "limit": limit.limit} for limit in limits],
-        "reward": {"kind": job.experiment.reward.kind, "target": reward.target},
+        "reward": {
+            "kind": job.experiment.reward.kind, "target": reward.targets.get(job.latency), "targets": reward.targets,
+        },
+        "hypervolume": _hypervolume(outcome, job.latency, limits),
+        "elsewhere": _elsewhere(job, outcome.winner),
         "table": {
             "name": table.name, "device": table.device["name"], "entries": len(table.entries), "sha256": table.sha256,
             "noise": table.noise, "error": asdict(table.errors["latency_ms"]), "nets": table.nets,
@@ -226,13 +247,27 @@ def _summary(
     }  # fmt: skip
 
 
+def _hypervolume(outcome: Outcome, cost: str, limits: tuple[Limit, ...]) -> dict[str, Any]:
+    """What each arm's trials dominate of quality and predicted latency, within one reference point for all of them."""
+    points = {
+        arm: np.array([(t.quality, t.costs[cost]) for t in comparable(trials)]).reshape(-1, 2)
+        for arm, trials in outcome.trials.items()
+    }
+    everything = np.concatenate(list(points.values()))
+    low, high = reference_point(everything[:, 0], everything[:, 1:], (cost,), limits)
+    return {
+        "cost": cost, "reference": {"quality": low, "cost": high},
+        "arms": {arm: hypervolume(found[:, 0], found[:, 1], (low, high)) for arm, found in points.items()},
+    }  # fmt: skip
+
+
 def _trial(space: SearchSpace, trial: Trial) -> dict[str, Any]:
     return {
         "index": trial.index, "source": trial.source, "status": trial.status, "fidelity": trial.fidelity,
         "candidate": space.decode(trial.genome).as_dict(),
         "quality": _known(trial.quality), "reward": _known(trial.reward), "latency_ms": trial.costs["latency_ms"],
-        "size_bytes": trial.costs["size_bytes"], "violation": trial.violation, "reason": trial.reason,
-        "seconds": trial.seconds,
+        "size_bytes": trial.costs["size_bytes"], "predicted_elsewhere": elsewhere(trial.costs),
+        "violation": trial.violation, "reason": trial.reason, "seconds": trial.seconds,
     }  # fmt: skip
 
 
@@ -240,8 +275,9 @@ def _finalist(space: SearchSpace, f: Finalist, outcome: Outcome) -> dict[str, An
     return {
         "index": f.entrant.index, "arm": f.entrant.arm, "candidate": space.decode(f.entrant.genome).as_dict(),
         "quality_search": f.entrant.quality_search, "quality_valid": f.quality_onnx,
-        "predicted_ms": f.entrant.costs["latency_ms"], "p50_ms": f.timing.p50, "p95_ms": f.timing.p95,
-        "noise": f.timing.noise, "size_bytes": f.size_bytes, "reward": f.reward, "violation": f.violation,
+        "predicted_ms": f.entrant.costs["latency_ms"], "predicted_elsewhere": elsewhere(f.entrant.costs),
+        "p50_ms": f.timing.p50, "p95_ms": f.timing.p95, "noise": f.timing.noise, "size_bytes": f.size_bytes,
+        "reward": f.reward, "violation": f.violation,
         "winner": f is outcome.winner,
     }  # fmt: skip
 

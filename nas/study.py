@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -185,7 +184,23 @@ def _read(frozen: optuna.trial.FrozenTrial) -> Trial:
     )  # fmt: skip
 
 
-def read_trials(storage: str | Path, space: SearchSpace, prefix: str = "") -> list[Trial]:
+def read_trials(storage: str | Path, name: str) -> list[tuple[Trial, dict[str, Any]]]:
+    """The trials of one arm by index, each with the values of its candidate's choices.
+
+    Changes nothing, not even a torn last line, and needs no space: a search may be writing at the same time.
+
+    Raises:
+        StudyError: there is no such arm, or the storage cannot be read.
+    """
+    studies = _read_studies(storage)
+    if name not in studies:
+        known = ", ".join(studies) or "none yet"
+        raise StudyError(f"{storage} has no trials of {name!r}.", expected=f"one of {known}")
+    found = [(_read(trial), trial.params) for trial in studies[name]]
+    return sorted(found, key=lambda pair: pair[0].index)
+
+
+def read_earlier(storage: str | Path, space: SearchSpace, prefix: str = "") -> list[Trial]:
     """All trials of another search's studies over the same space; nothing of it is changed.
 
     Args:
@@ -198,30 +213,35 @@ def read_trials(storage: str | Path, space: SearchSpace, prefix: str = "") -> li
     Raises:
         StudyError: there is no such storage, or its trials are of another space.
     """
-    with TemporaryDirectory() as folder:
-        try:
-            opened = _open_copy(storage, Path(folder))
-            studies = [
-                optuna.load_study(study_name=name, storage=opened)
-                for name in optuna.get_all_study_names(opened)
-                if name.startswith(prefix)
-            ]
-            frozen = [t for study in studies for t in study.get_trials(deepcopy=False) if "index" in t.user_attrs]
-        except Exception as error:
-            raise StudyError(f"The study in {storage} cannot be read: {error}.", remedy="name another run") from error
+    frozen = [t for name, found in _read_studies(storage).items() if name.startswith(prefix) for t in found]
     for trial in frozen:
         _check_choices(trial.distributions, space, storage)
     return [replace(_read(t), genome=tuple(space.encode(t.params).tolist())) for t in frozen]
 
 
-def _open_copy(storage: str | Path, folder: Path) -> Any:
-    """The storage for reading: of a journal a copy, because mending a torn one is up to the run that owns it."""
-    if isinstance(storage, str) and "://" in storage:
-        return storage
-    copied = folder / "study.jsonl"
-    shutil.copyfile(storage, copied)
-    cut_torn_tail(copied)
-    return _journal(copied)
+def _read_studies(storage: str | Path) -> dict[str, list[optuna.trial.FrozenTrial]]:
+    """Name of every study in the storage → its trials, without changing anything."""
+    with TemporaryDirectory() as folder:
+        try:
+            opened = storage if isinstance(storage, str) and "://" in storage else _copied(Path(storage), Path(folder))
+            return {
+                name: [
+                    trial
+                    for trial in optuna.load_study(study_name=name, storage=opened).get_trials(deepcopy=False)
+                    if "index" in trial.user_attrs
+                ]
+                for name in optuna.get_all_study_names(opened)
+            }
+        except Exception as error:
+            raise StudyError(f"The study in {storage} cannot be read: {error}.", remedy="name another run") from error
+
+
+def _copied(journal: Path, folder: Path) -> JournalStorage:
+    """A journal's whole lines: its last one may be torn, or be written this very moment."""
+    data = journal.read_bytes()
+    copy = folder / journal.name
+    copy.write_bytes(data[: _whole_lines(data)])
+    return _journal(copy)
 
 
 def _journal(path: Path) -> JournalStorage:
@@ -251,6 +271,15 @@ def cut_torn_tail(journal: Path) -> int:
     if not journal.exists():
         return 0
     data = journal.read_bytes()
+    end = _whole_lines(data)
+    if end < len(data):
+        with journal.open("r+b") as file:
+            file.truncate(end)
+    return len(data) - end
+
+
+def _whole_lines(data: bytes) -> int:
+    """Where the last whole line of a journal ends."""
     end = len(data)
     while end:
         start = data.rfind(b"\n", 0, end - 1) + 1
@@ -258,10 +287,7 @@ def cut_torn_tail(journal: Path) -> int:
         if line.endswith(b"\n") and _is_json(line):
             break
         end = start
-    if end < len(data):
-        with journal.open("r+b") as file:
-            file.truncate(end)
-    return len(data) - end
+    return end
 
 
 def _is_json(line: bytes) -> bool:

@@ -14,10 +14,10 @@ import pytest
 from helpers import TinySpace, domain_of, latency_limit, plain, tiny_estimator, tiny_quality
 
 from nas.controller import Budget, SearchController, best, evaluate_one
-from nas.errors import BudgetError, SpaceError, StudyError, TrainingError
+from nas.errors import BudgetError, RewardError, SpaceError, StudyError, TrainingError
 from nas.evaluators import Evaluation, Evaluator, Lookup
 from nas.executors import Executor, Processes, Serial
-from nas.reward import Limit, MnasNetHard, Reward, TuNASAbsolute
+from nas.reward import Limit, MnasNetHard, Reward, TuNASAbsolute, WeightedProduct
 from nas.space import Genomes
 from nas.strategies import Domain, Draws, Outcomes, Proposals, RandomSearch, Strategy, strategies
 from nas.strategies.base import ASKED, COMPLETE, DUPLICATE, EARLIER, ENQUEUED, FAILED, SCREENED
@@ -310,6 +310,26 @@ def test_rewards_that_add_take_qualities_below_zero(path: Path) -> None:
     trials = controller(path, evaluator=Recording(lambda g: tiny_quality(g) - 5), reward=reward, trials=6).run()
     assert all(t.reward == float(reward(t.quality, t.costs["latency_ms"])) for t in trials)
     assert all(t.reward < 0 for t in trials)
+
+
+def test_a_reward_of_several_costs(path: Path) -> None:
+    weights = {"size_bytes": -0.1, "latency_ms": -0.2}
+    reward = WeightedProduct({"latency_ms": 0.02, "size_bytes": 5000.0}, weights)
+    listening = Listening(domain_of(SPACE), 0)
+    trials = controller(path, strategy=listening, reward=reward, trials=6).run()
+    for t in trials:
+        factors = [(t.costs[name] / reward.targets[name]) ** weight for name, weight in weights.items()]
+        assert t.reward == pytest.approx(t.quality * math.prod(factors), rel=1e-12)
+    told = np.concatenate([outcomes.reward[outcomes.status == COMPLETE] for outcomes in listening.told])
+    assert told.tolist() == [t.reward for t in trials]
+
+
+def test_a_reward_of_a_cost_that_nothing_prices(path: Path) -> None:
+    """Said before the first training, not once for every candidate."""
+    evaluator = Recording()
+    with pytest.raises(RewardError, match=r"reads the cost 'energy_mj'[^$]*one of latency_ms"):
+        controller(path, evaluator=evaluator, reward=MnasNetHard({"energy_mj": 1.0})).run()
+    assert evaluator.genomes == []
 
 
 def test_a_quality_that_the_reward_refuses(path: Path) -> None:

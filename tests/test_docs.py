@@ -87,8 +87,10 @@ def test_shell_blocks_use_commands_that_exist(page: Path) -> None:
 
 @every_page
 def test_nas_commands_parse_and_their_overrides_are_valid(page: Path) -> None:
-    inline = re.findall(r"`(nas (?:search|profile|report|list)\b[^`…]*)`", page.read_text())
-    known = [shlex.split(line) for line in inline if line not in ("nas search", "nas profile", "nas report")]
+    inline = re.findall(r"`(nas (?:search|profile|front|report|list)\b[^`…]*)`", page.read_text())
+    known = [
+        shlex.split(line) for line in inline if line not in ("nas search", "nas profile", "nas front", "nas report")
+    ]
     for program, *arguments in [*commands(page), *known]:
         if program == "nas":
             options = _parser().parse_args(arguments)
@@ -249,7 +251,7 @@ def test_no_key_is_documented_that_does_not_exist() -> None:
     known = {key for key, _ in fields()}
     for section, _, plugin, filled in plugins():
         known |= {f"{section}.{name}" for name in list(inspect.signature(plugin).parameters)[filled:]}
-    assert set(documented()) <= known | {"mnasnet_soft", "mnasnet_hard", "tunas_absolute"}
+    assert set(documented()) <= known | {"mnasnet_soft", "mnasnet_hard", "tunas_absolute", "weighted_product"}
 
 
 @pytest.mark.parametrize(("section", "name", "plugin", "filled"), list(plugins()), ids=lambda v: str(v)[:30])
@@ -279,7 +281,9 @@ def written_keys(function: str) -> set[str]:
     return {key.value for d in dicts for key in d.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
 
 
-@pytest.mark.parametrize("function", ["_manifest", "_summary", "_rows", "_trial", "_finalist"])
+@pytest.mark.parametrize(
+    "function", ["_manifest", "_summary", "_rows", "_trial", "_finalist", "_elsewhere", "_hypervolume"]
+)
 def test_every_written_field_is_documented(function: str) -> None:
     quoted = re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "run-folder.md").read_text())
     named = {part for text in quoted for part in re.split(r"[.\[\]]+", text)}

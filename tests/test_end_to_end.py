@@ -19,6 +19,12 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 import nas
+from nas.content import load_space
+from nas.experiment import load_experiment
+from nas.job import Job
+from nas.latency import LatencyTable
+from nas.space import TaskInfo
+from nas.testing import synthetic_table
 
 TEACHER = '''
 from torch import nn
@@ -62,14 +68,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "task": {"data": "scans.npz", "limit": 600},
         "teacher": {"model": "my_teacher:build", "weights": "teacher.safetensors"},
         "strategy": {"kind": "reinforce"},
-        "reward": {"kind": "tunas_absolute"},
-        "budget": {"latency": 1.0, "percentile": "p95", "size": "90%"},
+        "table": {**SMALL["table"], "others": {"pixel": "pixel.json"}},
+        "reward": {
+            "kind": "weighted_product",
+            "weights": {"latency_p95_ms": -0.07, "size_bytes": -0.03, "latency_ms@pixel": -0.05},
+            "targets": {"latency_ms@pixel": 0.02},
+        },
+        "budget": {"latency": 1.0, "percentile": "p95", "size": "90%", "others": {"pixel": 0.04}},
         "search": {"trials": 4, "batch": 2},
         "training": {"epochs": 6, "compressed_epochs": 2, "views": 1},
         "finalists": {"count": 2, "pick": "front", "epochs": 10, "compressed_epochs": 4, "seconds": 1.0},
         "baselines": ["random", "uniform"],
     }
     (place / "own.yaml").write_text(json.dumps(experiment))
+    options = {key: value for key, value in experiment["space"].items() if key != "name"}
+    space = load_space("mobilenet", TaskInfo((1, 8, 8), 10), options)  # keys depend on the shapes alone
+    synthetic_table(space).save(place / "pixel.json")
     return place
 
 
@@ -99,6 +113,55 @@ def test_files(run: Path) -> None:
         "model.onnx", "model.pt2", "weights.safetensors", "candidate.json", "manifest.json", "README.md", "predict.py",
         "selftest.npz",
     }  # fmt: skip
+
+
+def test_another_device_is_a_cost_and_said_to_be_predicted(run: Path, folder: Path) -> None:
+    manifest = json.loads((run / "student" / "manifest.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
+    here, pixel = manifest["latency"]
+    assert (here["measured"], pixel["measured"]) == (True, False)
+    assert pixel["name"] == "pixel"
+    assert "p50_ms" not in pixel
+    assert pixel["predicted_p95_ms"] <= 0.04
+    assert (run / "table-pixel.json").read_bytes() == (folder / "pixel.json").read_bytes()
+    assert {"cost": "latency_p95_ms@pixel", "limit": 0.04} in summary["limits"]
+    targets = summary["reward"]["targets"]
+    assert targets["latency_ms@pixel"] == 0.02
+    assert targets["latency_p95_ms"] == summary["reward"]["target"] == 1.0
+    trials = [*summary["trials"], *summary["baseline_trials"]["random"]]
+    assert all(0 < trial["predicted_elsewhere"]["latency_p95_ms@pixel"] <= 0.04 for trial in trials)
+    (best,) = [f for f in summary["finalists"] if f["winner"]]
+    costs = {"latency_p95_ms": best["p95_ms"], "size_bytes": best["size_bytes"], **best["predicted_elsewhere"]}
+    weights = {"latency_p95_ms": -0.07, "size_bytes": -0.03, "latency_ms@pixel": -0.05}
+    factors = [(costs[name] / targets[name]) ** weight for name, weight in weights.items()]
+    assert best["reward"] == pytest.approx(best["quality_valid"] * np.prod(factors))
+    assert "p95 latency on pixel" in (run / "report.html").read_text()
+
+
+def test_a_resume_has_the_other_tables_it_began_with(
+    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(folder / "scans.npz", tmp_path)
+    monkeypatch.chdir(tmp_path)  # where there is no pixel.json
+    tables = Job(load_experiment(run / "experiment.yaml"), run).others
+    assert [table.sha256 for table in tables.values()] == [LatencyTable.load(folder / "pixel.json").sha256]
+
+
+def test_fronts_of_the_finished_run(run: Path, folder: Path) -> None:
+    """The command and the summary agree; another reward needs no training, and the run stays as it is."""
+    summary = json.loads((run / "summary.json").read_text())
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    for arm in ("search", "random"):
+        done = cli("front", "run", "--arm", arm, "--json", cwd=folder, cache=folder / "cache")
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert told["costs"] == [summary["hypervolume"]["cost"]] == ["latency_p95_ms"]
+        assert told["reference"]["latency_p95_ms"] == summary["hypervolume"]["reference"]["cost"] == 1.0
+        assert told["hypervolume"] == pytest.approx(summary["hypervolume"]["arms"][arm])
+    done = cli("front", "run", "--reward", "mnasnet_hard", "--limit", "latency_ms@pixel=0.03", cwd=folder, cache=folder)
+    assert done.returncode == 0, done.stderr
+    assert "reward mnasnet_hard, aiming at latency_p95_ms 1" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def accuracy(path: Path, x: Any, y: Any) -> float:
@@ -212,6 +275,9 @@ MISTAKES = [
     (["--set", "space.name=nowhere"], "nowhere"),
     (["--set", "space.widths=[[9],[16]]"], "multiples of 8"),
     (["--set", "reward.kind=mnasnet_soft", "--set", "reward.w=1"], "w"),
+    (["--set", "reward.weights.energy_mj=-1"], "energy_mj"),
+    (["--set", "table.others.pixel=none.json"], "none.json"),
+    (["--set", "space.stem=[16, 2]"], "table.others.pixel"),
     (["--set", "teacher.weights=nothing.safetensors"], "nothing.safetensors"),
     (["--set", "budget.latency=0.0001"], "the lowest is"),
     (["--set", "table.path=none.json"], "none.json"),

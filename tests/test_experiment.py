@@ -80,6 +80,12 @@ def test_a_plugins_own_keys_are_kept_for_it() -> None:
             r"finalists is [^$]*compressed_epochs 3 exceeds epochs 2",
         ),
         (having(teacher={"model": "a:b"}), r"teacher is [^$]*model and weights go together"),
+        (having(table={"others": {"my phone": "a.json"}}), r"table\.others\.my phone"),
+        (having(table={"others": {"pixel": 3}}), r"table\.others\.pixel is 3"),
+        (having(budget={"others": {"pixel": 12.0}}), r"budget is [^$]*table\.others only, which lacks 'pixel'"),
+        (having(table={"others": {"a": "a.json"}}, budget={"others": {"b": 1}}), r"budget is [^$]*lacks 'b'"),
+        (having(table={"others": {"a": "a.json"}}, budget={"others": {"a": 0}}), r"budget\.others\.a is 0"),
+        (having(table={"others": {"a": "a.json"}}, budget={"others": {"a": "30%"}}), r"budget\.others\.a is '30%'"),
         (having(budget={"percentile": "p99"}), r"budget\.percentile is 'p99'[^$]*'p50' or 'p95'"),
         ({"name": "mine", "space": {"name": "mobilenet"}}, r"Key 'task' is missing"),
         (having(task={"kind": "classification"}), r"Key 'task\.data' is missing"),
@@ -216,7 +222,8 @@ def test_bad_overrides(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     "override",
     ["seed=1", "task.limit=100", "space.stem=[8,1]", "strategy.kind=random", "reward.w=-0.2", "budget.latency=20%",
-     "search.batch=2", "search.enqueue=[{}]", "search.earlier=[runs/a]", "training.epochs=9", "teacher.epochs=3"],
+     "search.batch=2", "search.enqueue=[{}]", "search.earlier=[runs/a]", "training.epochs=9", "teacher.epochs=3",
+     "table.others.pixel=pixel.json"],
 )  # fmt: skip
 def test_what_a_resume_must_not_change(override: str) -> None:
     raw = having(strategy={"kind": "evolution"})

@@ -9,7 +9,7 @@ import pytest
 from helpers import TinySpace, tiny_estimator
 
 from nas.errors import TableError
-from nas.latency import AdditiveEstimator
+from nas.latency import AdditiveEstimator, SeveralDevices, elsewhere
 from nas.latency.estimator import CHUNK, COSTS, part_value
 from nas.latency.fit import LinearFit
 from nas.parts import PRECISIONS
@@ -73,6 +73,22 @@ def test_costs_are_chosen_and_ordered_by_name() -> None:
     some = AdditiveEstimator(space, table, ("params", "latency_ms")).price(genomes)
     everything = AdditiveEstimator(space, table).price(genomes)
     np.testing.assert_array_equal(some, everything[:, [4, 0]])
+
+
+def test_other_devices_are_further_costs() -> None:
+    """This device's columns stay first and as they are; the others' follow under their own names."""
+    space = TinySpace()
+    own = AdditiveEstimator(space, synthetic_table(space, 0), ("latency_ms", "size_bytes"))
+    pixel = AdditiveEstimator(space, synthetic_table(space, 1), ("latency_ms", "latency_p95_ms"))
+    hub = AdditiveEstimator(space, synthetic_table(space, 2), ("latency_ms",))
+    several = SeveralDevices(own, {"pixel": pixel, "hub-2": hub})
+    assert several.costs == ("latency_ms", "size_bytes", "latency_ms@pixel", "latency_p95_ms@pixel", "latency_ms@hub-2")
+    genomes = space.sample(np.random.default_rng(0), 20)
+    parts = [estimator.price(genomes) for estimator in (own, pixel, hub)]
+    np.testing.assert_array_equal(several.price(genomes), np.concatenate(parts, axis=1))
+    assert several.price(genomes[0]).shape == (1, 5)
+    named = dict(zip(several.costs, several.price(genomes[0])[0].tolist(), strict=True))
+    assert elsewhere(named) == {name: value for name, value in named.items() if name not in own.costs}
 
 
 def test_a_part_that_the_table_lacks() -> None:

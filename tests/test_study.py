@@ -19,7 +19,7 @@ from helpers import TinySpace, plain
 
 from nas.errors import StudyError
 from nas.space import Choice
-from nas.study import Study, Trial, cut_torn_tail, read_trials, trainings
+from nas.study import Study, Trial, cut_torn_tail, read_earlier, trainings
 
 IDENTITY = {"seed": 0, "strategy": {"kind": "random"}, "choices": (1, 2)}
 
@@ -113,13 +113,13 @@ def test_trials_of_another_search(tmp_path: Path) -> None:
     with path.open("ab") as file:
         file.write(b'{"op_code": 4, "tor')  # it may be running, or have been killed
     before = path.read_bytes()
-    found = read_trials(path, TinySpace())
+    found = read_earlier(path, TinySpace())
     assert plain(found) == plain([trial(0), failed(1)])
     assert path.read_bytes() == before, "mending is up to the run that owns it"
     url = f"sqlite:///{tmp_path}/study.db"
     for name in ("a-run-search", "b-run-search"):
         study(url, name).add(trial(3))
-    assert len(read_trials(url, TinySpace(), "a-run-")) == 1
+    assert len(read_earlier(url, TinySpace(), "a-run-")) == 1
 
 
 def test_the_order_of_another_searchs_values_does_not_matter(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_order_of_another_searchs_values_does_not_matter(tmp_path: Path) -> 
             self.choices = tuple(Choice(c.name, c.values[::-1], c.ordered) for c in reversed(self.choices))
 
     study(tmp_path / "study.jsonl").add(trial(0))
-    (found,) = read_trials(tmp_path / "study.jsonl", Turned())
+    (found,) = read_earlier(tmp_path / "study.jsonl", Turned())
     assert Turned().decode(found.genome).as_dict() == TinySpace().decode(trial(0).genome).as_dict()
 
 
@@ -142,10 +142,10 @@ def test_another_space_is_refused_by_its_choices(tmp_path: Path) -> None:
 
     study(tmp_path / "study.jsonl").add(trial(0))
     with pytest.raises(StudyError, match=r"another space than 'tiny': bits, rank, width differ") as caught:
-        read_trials(tmp_path / "study.jsonl", Other())
+        read_earlier(tmp_path / "study.jsonl", Other())
     assert "search.earlier" in caught.value.remedy
     with pytest.raises(StudyError, match="cannot be read"):
-        read_trials(tmp_path / "absent.jsonl", TinySpace())
+        read_earlier(tmp_path / "absent.jsonl", TinySpace())
 
 
 def test_arms_do_not_mix(tmp_path: Path) -> None:

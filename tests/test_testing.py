@@ -15,7 +15,7 @@ from torch import nn
 from nas.compression import ChannelPrune, Pass
 from nas.evaluators import Evaluation, Evaluator, Lookup
 from nas.parts import Conv, Part
-from nas.reward import MnasNetHard, Reward
+from nas.reward import MnasNetHard, Reward, SingleCost, WeightedProduct
 from nas.space import Candidate, Genomes, Training
 from nas.strategies import Outcomes, RandomSearch, Strategy
 from nas.testing import check_evaluator, check_pass, check_reward, check_space, check_strategy, synthetic_table
@@ -195,14 +195,14 @@ def test_a_strategy_that_cannot_take_failures_fails() -> None:
         check_strategy(Greedy)
 
 
-class Backwards(Reward):
+class Backwards(SingleCost):
     """Pays for latency, and takes anything."""
 
     def __call__(self, quality: npt.ArrayLike, cost: npt.ArrayLike) -> npt.NDArray[np.float64]:
         return np.asarray(quality) + 0.01 * np.asarray(cost)
 
 
-class Careless(Reward):
+class Careless(SingleCost):
     def __call__(self, quality: npt.ArrayLike, cost: npt.ArrayLike) -> npt.NDArray[np.float64]:
         return np.asarray(quality) - 0.01 * np.asarray(cost)
 
@@ -212,13 +212,39 @@ class Flat(MnasNetHard):
         return np.round(super().__call__(quality, cost), 1)
 
 
+class PaysForSize(WeightedProduct):
+    """Pays for a larger file."""
+
+    def combine(self, quality: Any, costs: Any) -> npt.NDArray[np.float64]:
+        return np.asarray(super().combine(quality, costs) + 0.01 * costs[:, 1])
+
+
+class ByPlace(WeightedProduct):
+    """Takes the last columns, whatever their names are."""
+
+    def score(self, quality: npt.ArrayLike, costs: npt.ArrayLike, names: Any) -> npt.NDArray[np.float64]:
+        self.columns(names)
+        return self.combine(np.asarray(quality), np.asarray(costs)[:, -len(self.costs) :])
+
+
+TARGETS = {"latency_ms": 2.0, "size_bytes": 1000.0}
+WEIGHTS = {"latency_ms": -0.07, "size_bytes": -0.03}
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
-    [(Backwards, "a higher cost pays"), (Careless, "RewardError"), (Flat, "does not pay")],
+    [
+        (Backwards(2.0), "a higher cost pays"),
+        (Careless(2.0), "RewardError"),
+        (Flat(2.0), "does not pay"),
+        (PaysForSize(TARGETS, WEIGHTS), "size_bytes: beyond the target, a higher cost pays"),
+        (ByPlace(TARGETS, WEIGHTS), "not found by their names"),
+    ],
+    ids=lambda value: type(value).__name__,
 )
-def test_broken_rewards_are_told_apart(reward: type[Reward], message: str) -> None:
+def test_broken_rewards_are_told_apart(reward: Reward, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        check_reward(reward(2.0))
+        check_reward(reward)
 
 
 class Helper(nn.Conv2d):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from nas.space import Candidate, Genomes, SearchSpace
 
 Array = npt.NDArray[np.float64]
 COSTS = ("latency_ms", "latency_p95_ms", "size_bytes", "macs", "params")
+LATENCIES = ("latency_ms", "latency_p95_ms")  # the costs that differ from device to device
 CHUNK = 8192  # rows whose index and sum stay in the processor's cache
 
 
@@ -84,6 +86,34 @@ class AdditiveEstimator:
 
     def _per_net(self, cost: str) -> float:
         return self.table.fits[cost].per_net if cost in self.table.fits else 0.0
+
+
+class SeveralDevices:
+    """This device's costs, and behind them other devices' under names of their own: ``latency_ms@pixel``.
+
+    Args:
+        own: prices for this device.
+        others: name of a device → what prices the same genomes for it.
+    """
+
+    def __init__(self, own: CostEstimator, others: Mapping[str, CostEstimator]) -> None:
+        self._estimators = (own, *others.values())
+        elsewhere = [on_device(cost, name) for name, other in others.items() for cost in other.costs]
+        self.costs = (*own.costs, *elsewhere)
+
+    def price(self, genomes: Genomes) -> Array:
+        """Costs ``[n, len(self.costs)]`` of ``genomes [n, choices]``."""
+        return np.concatenate([estimator.price(genomes) for estimator in self._estimators], axis=1)
+
+
+def on_device(cost: str, name: str) -> str:
+    """The name of a cost on another device."""
+    return f"{cost}@{name}"
+
+
+def elsewhere(costs: Mapping[str, float]) -> dict[str, float]:
+    """Those of the named costs that are another device's."""
+    return {name: value for name, value in costs.items() if "@" in name}
 
 
 def part_value(table: LatencyTable, part: Part, cost: str) -> float:

@@ -170,7 +170,7 @@ def _add_bounds(figure: Figure, summary: Record) -> None:
     bounds: dict[float, str] = {}
     for limit in records(summary, "limits"):
         bound = number(limit, "limit")
-        if bound and str(limit.get("cost")).startswith("latency"):
+        if bound and str(limit.get("cost")) in ("latency_ms", "latency_p95_ms"):  # this device's, on this axis
             bounds[bound] = f"budget: {limit_words(limit)}"
     target = number(part(summary, "reward"), "target")
     if target and target not in bounds:

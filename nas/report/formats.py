@@ -70,10 +70,17 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def cost_name(cost: str) -> str:
+    """A cost in words; ``latency_ms@pixel`` is the ``median latency on pixel``."""
+    kind, _, device = cost.partition("@")
+    return COSTS.get(kind, kind) + (f" on {device}" if device else "")
+
+
 def cost_value(cost: str, value: float | None) -> str:
     """A cost with its unit."""
     if value is None:
         return UNKNOWN
-    if cost == "size_bytes":
+    kind = cost.partition("@")[0]
+    if kind == "size_bytes":
         return f"{kib(value)} KiB"
-    return f"{milliseconds(value)} ms" if cost in COSTS else f"{value:g}"
+    return f"{milliseconds(value)} ms" if kind in COSTS else f"{value:g}"

@@ -81,10 +81,10 @@ def _cards(summary: Record) -> Html:
         _factor_card(speed, ("faster, measured", "slower, measured"), _before_after(teacher, student, "p50_ms")),
         _factor_card(small, ("smaller", "larger"), _before_after(teacher, student, "size_bytes")),
     ]
-    for words, value, met in budget_lines(summary):
+    for words, value, how, met in budget_lines(summary):
         mark = {True: "good", False: "bad", None: ""}[met]
         verdict = {True: ", met", False: ", NOT met", None: ""}[met]
-        cards.append(_card("budget", value, f"{words}{verdict}", mark))
+        cards.append(_card("budget" if how == "measured" else f"budget, {how}", value, f"{words}{verdict}", mark))
     return tag("div", *cards, class_="cards")
 
 

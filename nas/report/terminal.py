@@ -48,8 +48,8 @@ def headline(summary: Record) -> list[str]:
     """Plain sentences, warnings first; they are text, so print them with markup off."""
     said = [f"Warning: {text}" for text in summary.get("warnings") or []]
     said.append(student_sentence(summary))
-    for words, value, met in budget_lines(summary):
-        said.append(f"Budget {words}: measured {value}" + {True: ", met.", False: ", NOT met.", None: "."}[met])
+    for words, value, how, met in budget_lines(summary):
+        said.append(f"Budget {words}: {how} {value}" + {True: ", met.", False: ", NOT met.", None: "."}[met])
     if row(summary, "student") and summary.get("student_dir"):
         said.append(f"It lies in {summary['student_dir']}; try it there with: python predict.py --selftest")
     return [*said, table_sentence(summary)]

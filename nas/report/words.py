@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from nas.report.formats import COSTS, cost_value, percent, score, times
+from nas.report.formats import cost_name, cost_value, percent, score, times
 from nas.report.summary import Record, meets, number, part, ranked, ratio, records, row, winner
 
 ARMS = {"search": "search", "random": "random search", "uniform": "uniform teacher", "teacher": "teacher"}
@@ -20,17 +20,29 @@ def metric(summary: Record) -> str:
 def limit_words(limit: Mapping[str, Any]) -> str:
     """``median latency ≤ 0.400 ms``."""
     cost = str(limit.get("cost"))
-    return f"{COSTS.get(cost, cost)} ≤ {cost_value(cost, number(limit, 'limit'))}"
+    return f"{cost_name(cost)} ≤ {cost_value(cost, number(limit, 'limit'))}"
 
 
-def budget_lines(summary: Record) -> list[tuple[str, str, bool | None]]:
-    """Per budget: its words, what the student measured, and whether that meets it (None: unknown)."""
+class BudgetLine(NamedTuple):
+    """A budget in words, the student's value, how that is known, and whether it meets the budget (None: unknown)."""
+
+    words: str
+    value: str
+    how: str
+    met: bool | None
+
+
+def budget_lines(summary: Record) -> list[BudgetLine]:
+    """Every budget; on other devices nothing is measured, so that there it is judged by what was predicted."""
     student, found = row(summary, "student"), []
     for limit in records(summary, "limits"):
         cost = str(limit.get("cost"))
-        bound, measured = number(limit, "limit"), number(student, _MEASURED.get(cost, cost))
-        met = None if bound is None or measured is None else measured <= bound
-        found.append((limit_words(limit), cost_value(cost, measured), met))
+        predicted = number(part(student, "predicted_elsewhere"), cost)
+        value = number(student, _MEASURED.get(cost, cost)) if predicted is None else predicted
+        bound = number(limit, "limit")
+        met = None if bound is None or value is None else value <= bound
+        how = "measured" if predicted is None else "predicted"
+        found.append(BudgetLine(limit_words(limit), cost_value(cost, value), how, met))
     return found
 
 
@@ -92,7 +104,8 @@ def why_sentences(summary: Record) -> list[str]:
     if able:
         said.append(_runner_up(best, able[0]))
     said += [
-        f"Budget: {words}; the student measured {value}{_met(met)}." for words, value, met in budget_lines(summary)
+        f"Budget: {words}; the student's is {value}, {how}{_met(met)}."
+        for words, value, how, met in budget_lines(summary)
     ]
     arm = str(best.get("arm") or "search")
     if arm != "search":

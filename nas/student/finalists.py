@@ -16,7 +16,7 @@ from nas.evaluators import Distil
 from nas.evaluators.train import Recipe, predict
 from nas.executors import Executor
 from nas.files import write_atomic, write_json
-from nas.latency import Device
+from nas.latency import Device, elsewhere
 from nas.latency.measure import Progress, Timing, interleave
 from nas.latency.profile import load_yardstick
 from nas.latency.runtimes import runtimes
@@ -164,10 +164,12 @@ def judge(
     timings: Mapping[str, Timing],
     folder: Path,
     reward: Reward,
-    reward_cost: str,
     limits: tuple[Limit, ...],
 ) -> list[Finalist]:
-    """Finalists with measured rewards, best first: feasible ones before others, failed ones left out."""
+    """Finalists with measured rewards, best first: feasible ones before others, failed ones left out.
+
+    Nothing is measured on other devices: the costs there are those that were predicted.
+    """
     finalists = []
     for entrant in entrants:
         known = facts[entrant.name]
@@ -175,14 +177,15 @@ def judge(
             continue
         timing = timings[entrant.name]
         costs = {"latency_ms": timing.p50, "latency_p95_ms": timing.p95, "size_bytes": float(known["size_bytes"])}
-        names = tuple(costs)
+        costs |= elsewhere(entrant.costs)
+        names, row = tuple(costs), [list(costs.values())]
         finalists.append(
             Finalist(
                 entrant=entrant,
                 folder=folder / entrant.name,
                 timing=timing,
-                reward=float(reward(known["quality_onnx"], costs[reward_cost])),
-                violation=float(violation([list(costs.values())], names, limits)[0]),
+                reward=float(reward.score([known["quality_onnx"]], row, names)[0]),
+                violation=float(violation(row, names, limits)[0]),
                 **{key: value for key, value in known.items() if key != "asked"},
             )
         )
