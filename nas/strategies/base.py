@@ -6,6 +6,7 @@ import abc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -133,6 +134,9 @@ class Strategy(abc.ABC):
         seed: any non-negative integer.
     """
 
+    #: Whether it searches for a front of quality and costs; the others follow the reward alone.
+    multi_objective: ClassVar[bool] = False
+
     def __init__(self, domain: Domain, seed: int = 0) -> None:
         self.domain, self.seed = domain, seed
         self._asked = 0
@@ -167,6 +171,12 @@ class Strategy(abc.ABC):
                     del self._taken[row]
         self.learn(outcomes)
 
+    def take_up(self, number: int, waiting: Proposals) -> None:
+        """Go on where other instances are: the next proposal gets ``number``, and what is under way is ``waiting``."""
+        self._asked = number
+        self._waiting, self._taken = {}, Counter()
+        self._reserve(waiting.index, waiting.genomes, np.arange(len(waiting.index)), last=True)
+
     @abc.abstractmethod
     def propose(self, draws: Draws) -> Genomes:
         """A genome for each number in ``draws``, ``[len(draws), choices]``, from the present state, left unchanged."""
@@ -189,3 +199,4 @@ class Strategy(abc.ABC):
 
 
 strategies: Registry[type[Strategy]] = Registry("strategy")
+strategies.family("optuna", "nas.optuna.strategy:named")
