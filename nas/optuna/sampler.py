@@ -22,7 +22,7 @@ from nas.optuna.genes import Gene, gene
 from nas.optuna.workers import is_alive, this_worker
 from nas.settings import construct
 from nas.strategies import Domain, Objective, Outcomes, Proposals, Strategy, strategies
-from nas.strategies.base import ASKED, COMPLETE, ENQUEUED, FAILED, SCREENED
+from nas.strategies.base import ASKED, COMPLETE, ENQUEUED, FAILED, REDRAWS, SCREENED
 
 NUMBER, WORKER, PROPOSED = "nas:number", "nas:worker", "nas:proposed"
 MAX_ATTRIBUTE = 2000  # databases hold about so many characters of an attribute
@@ -211,6 +211,7 @@ class _History:
         parameters: name → distribution of what the trials have had; None where it differs between them.
         space: the parameters that the strategy proposes.
         told: ids of the trials; ``last`` is the completion of the latest.
+        tried: columns of the genome that trials have read → what they read there.
     """
 
     def __init__(
@@ -222,6 +223,7 @@ class _History:
         self.genes = {name: gene(distribution, sampler.grid) for name, distribution in self.space.items()}
         self.signs = np.array([1.0 if d == StudyDirection.MAXIMIZE else -1.0 for d in study.directions])
         self.told: set[int] = set()
+        self.tried: dict[tuple[int, ...], set[bytes]] = {}
         self.last = (datetime.min, -1)
         self.strategy = sampler.make(self.genes.values(), costs=len(self.signs) - 1) if self.space else None
 
@@ -233,7 +235,13 @@ class _History:
             self.told.add(trial._trial_id)
             self.last = _completion(trial)
             if self.strategy is not None:
-                self.strategy.tell(self._outcome(trial))
+                outcome = self._outcome(trial)
+                self.strategy.tell(outcome)
+                # What a complete trial did not ask for is dormant: whatever has the same values elsewhere repeats it.
+                complete = trial.state == TrialState.COMPLETE
+                read = tuple(i for i, name in enumerate(self.genes) if name in trial.params or not complete)
+                if read:
+                    self.tried.setdefault(read, set()).add(outcome.genomes[0, read].tobytes())
 
     def propose(self, number: int, others: list[FrozenTrial]) -> dict[str, int]:
         """Proposal ``number`` by name, while ``others`` are under way."""
@@ -244,8 +252,12 @@ class _History:
             np.array([self._row(genes) for _, genes in found], dtype=np.int64).reshape(len(found), len(self.genes)),
             np.ones(len(found)),
         )
-        self.strategy.take_up(number, waiting)
-        asked = self.strategy.ask()
+        for attempt in range(REDRAWS):
+            # What repeats a finished trial is asked again, under a number that no trial will have.
+            self.strategy.take_up(number + (attempt << 32), waiting)
+            asked = self.strategy.ask()
+            if not any(asked.genomes[0, read].tobytes() in tried for read, tried in self.tried.items()):
+                break
         if asked.fidelity[0] != 1:
             raise StudyError(
                 "The strategy asks for trainings on a part of the budget, which a sampler cannot hand on.",
