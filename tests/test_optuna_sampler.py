@@ -66,8 +66,9 @@ class TestOneObjective(contract.SingleOnlySamplerTestCase):
 
 # ---- restarts and several processes --------------------------------------------------------------------
 
+TOGETHER = -2  # wait for the others before beginning
 WORKER_SCRIPT = """
-import sys, time, warnings
+import os, sys, time, warnings
 from pathlib import Path
 import optuna
 from optuna.storages import JournalStorage
@@ -96,6 +97,9 @@ study = optuna.create_study(
     storage=JournalStorage(JournalFileBackend(journal)), study_name="s", load_if_exists=True,
     sampler=StrategySampler(strategy, seed=3, **settings),
 )
+Path(f"{journal}.{os.getpid()}").touch()
+while hang == -2 and not Path(journal + ".go").exists():
+    time.sleep(0.01)
 finished = lambda: len([t for t in study.get_trials(deepcopy=False) if t.state.is_finished()])
 while finished() < until:
     study.optimize(objective, n_trials=1, catch=ArithmeticError)
@@ -153,7 +157,11 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(strategy: str, tmp_path: P
 def test_processes_with_one_seed_share_the_numbers(tmp_path: Path) -> None:
     journal = tmp_path / "shared.jsonl"
     run(tmp_path, journal, QUICK, 2)
-    processes = [begin(tmp_path, journal, QUICK, 40) for _ in range(3)]
+    processes = [begin(tmp_path, journal, QUICK, 24, TOGETHER) for _ in range(3)]
+    while not all(Path(f"{journal}.{process.pid}").exists() for process in processes):
+        assert [process.poll() for process in processes] == [None] * 3
+        time.sleep(0.02)
+    Path(f"{journal}.go").touch()
     assert [process.wait(120) for process in processes] == [0, 0, 0]
     trials = trials_of(journal)
     assert sorted(trial.system_attrs[NUMBER] for trial in trials) == list(range(len(trials)))
@@ -215,7 +223,7 @@ def bowl(trial: optuna.Trial) -> float:
 def told(study: optuna.Study, **settings: Any) -> Outcomes:
     """What a strategy would be told of the study's trials, joined."""
     sampler = StrategySampler("random", **settings)
-    history = sampler._follow(study)
+    history, _ = sampler._follow(study)
     rows = [history._outcome(trial) for trial in study.trials if trial.state.is_finished()]
     return Outcomes(*(np.concatenate([getattr(row, part) for row in rows]) for part in Outcomes.__annotations__))
 
@@ -285,13 +293,13 @@ def test_trials_are_told_as_they_finish_and_late_news_are_put_in_order() -> None
         study.enqueue_trial({"x": x})
     first, second = study.ask(sampler.search_space), study.ask(sampler.search_space)
     study.tell(second, 1.0)
-    assert sampler._follow(study).strategy.last == 3  # type: ignore[union-attr]
+    assert sampler._follow(study)[0].strategy.last == 3  # type: ignore[union-attr]
     study.tell(first, 1.0)
-    assert sampler._follow(study).strategy.last == 5  # type: ignore[union-attr]
+    assert sampler._follow(study)[0].strategy.last == 5  # type: ignore[union-attr]
     early = create_trial(value=1.0, params={"x": 8}, distributions=dict(sampler.search_space or {}))
     early.datetime_complete = early.datetime_start = study.trials[1].datetime_start
     study.add_trial(early)
-    assert sampler._follow(study).strategy.last == 5  # type: ignore[union-attr]
+    assert sampler._follow(study)[0].strategy.last == 5  # type: ignore[union-attr]
 
 
 def test_a_copy_goes_on_where_the_sampler_is() -> None:

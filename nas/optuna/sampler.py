@@ -111,20 +111,22 @@ class StrategySampler(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All parameters that the strategy proposes."""
+        self._check(study)
         with self._lock:
-            return dict(self._follow(study).space)
+            history, _ = self._follow(study)
+            return dict(history.space)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """One proposal of the strategy; of its values those of ``search_space``."""
+        self._check(study)
         with self._lock:
-            history = self._follow(study)
+            number = self._number(study, trial)
+            history, under_way = self._follow(study)
             if not history.space:
                 return {}
-            number = self._number(study, trial)
-            others = [t for t in _trials(study) if t._trial_id != trial._trial_id and _is_under_way(t)]
-            proposed = history.propose(number, others)
+            proposed = history.propose(number, [t for t in under_way if t._trial_id != trial._trial_id])
             _write_proposed(study, trial, proposed)
             return {name: history.genes[name].values[i] for name, i in proposed.items() if name in search_space}
 
@@ -151,15 +153,11 @@ class StrategySampler(BaseSampler):
                 return int(attributes[NUMBER])
             if WORKER not in attributes:
                 study._storage.set_trial_system_attr(trial._trial_id, WORKER, this_worker())
-            taken, before = set(), 0
-            for other in _trials(study):
-                if not (other.state.is_finished() or _is_under_way(other)) or other._trial_id == trial._trial_id:
-                    continue
-                if NUMBER in other.system_attrs:
-                    taken.add(other.system_attrs[NUMBER])
-                elif other.state == TrialState.RUNNING and other.number < trial.number:
-                    before += 1
-            free = (number for number in itertools.count() if number not in taken)
+            history, under_way = self._follow(study)
+            others = [other for other in under_way if other._trial_id != trial._trial_id]
+            before = sum(NUMBER not in other.system_attrs and other.number < trial.number for other in others)
+            taken = {other.system_attrs.get(NUMBER) for other in others}
+            free = (n for n in itertools.count() if n not in history.numbers and n not in taken)
             number = next(itertools.islice(free, before, None))
             study._storage.set_trial_system_attr(trial._trial_id, NUMBER, number)
             return number
@@ -174,24 +172,24 @@ class StrategySampler(BaseSampler):
                 expected=f"one objective, or a strategy for several: {', '.join(several)}",
             )
 
-    def _follow(self, study: Study) -> _History:
-        """The strategy after all that has finished by now: what it was told already, or all of it told afresh."""
-        self._check(study)
-        finished = [trial for trial in _trials(study) if trial.state.is_finished()]
-        history = self._history
-        if history is not None and history.is_of(study):
-            new = sorted((trial for trial in finished if trial._trial_id not in history.told), key=_completion)
-            if not new:
-                return history
-            parameters = _merge(history.parameters, new)
-            if _space(parameters) == _space(history.parameters) and history.last <= _completion(new[0]):
-                history.parameters = parameters
-                history.tell(new)
-                return history
-        parameters = dict(self.search_space) if self.search_space is not None else _merge({}, finished)
-        self._history = _History(self, study, parameters)
-        self._history.tell(sorted(finished, key=_completion))
-        return self._history
+    def _follow(self, study: Study) -> tuple[_History, list[FrozenTrial]]:
+        """The strategy after all that has finished by now, and the trials that are under way.
+
+        What has finished since the last time is told, or, where that does not suffice, everything afresh.
+        """
+        trials = _trials(study)
+        history = self._history if self._history is not None and self._history.is_of(study) else None
+        told = history.told if history is not None else frozenset[int]()
+        open_or_new = [trial for trial in trials if trial._trial_id not in told]
+        under_way = [trial for trial in open_or_new if _is_under_way(trial)]
+        new = sorted((trial for trial in open_or_new if trial.state.is_finished()), key=_completion)
+        if history is None or not history.goes_on_with(new):
+            finished = sorted((trial for trial in trials if trial.state.is_finished()), key=_completion)
+            parameters = dict(self.search_space) if self.search_space is not None else _merge({}, finished)
+            history = self._history = _History(self, study, parameters)
+            new = finished
+        history.tell(new)
+        return history, under_way
 
     def make(self, genes: Iterable[Gene], costs: int = 0) -> Strategy:
         """A fresh strategy over ``genes``, with so many unknown costs beside the quality."""
@@ -210,7 +208,7 @@ class _History:
     Attributes:
         parameters: name → distribution of what the trials have had; None where it differs between them.
         space: the parameters that the strategy proposes.
-        told: ids of the trials; ``last`` is the completion of the latest.
+        told: ids of the trials, ``numbers`` those of their proposals; ``last`` is the completion of the latest.
         tried: columns of the genome that trials have read → what they read there.
     """
 
@@ -222,7 +220,9 @@ class _History:
         self.space = _space(parameters)
         self.genes = {name: gene(distribution, sampler.grid) for name, distribution in self.space.items()}
         self.signs = np.array([1.0 if d == StudyDirection.MAXIMIZE else -1.0 for d in study.directions])
+        self.fixed = sampler.search_space is not None
         self.told: set[int] = set()
+        self.numbers: set[int] = set()
         self.tried: dict[tuple[int, ...], set[bytes]] = {}
         self.last = (datetime.min, -1)
         self.strategy = sampler.make(self.genes.values(), costs=len(self.signs) - 1) if self.space else None
@@ -230,9 +230,19 @@ class _History:
     def is_of(self, study: Study) -> bool:
         return self._storage is study._storage and self._study_id == study._study_id
 
-    def tell(self, trials: Iterable[FrozenTrial]) -> None:
+    def goes_on_with(self, trials: list[FrozenTrial]) -> bool:
+        """Whether the trials came after what was told, and leave the space as it is."""
+        if trials and _completion(trials[0]) < self.last:
+            return False
+        return self.fixed or _space(_merge(self.parameters, trials)) == self.space
+
+    def tell(self, trials: list[FrozenTrial]) -> None:
+        if not self.fixed:
+            self.parameters = _merge(self.parameters, trials)
         for trial in trials:
             self.told.add(trial._trial_id)
+            if NUMBER in trial.system_attrs:
+                self.numbers.add(trial.system_attrs[NUMBER])
             self.last = _completion(trial)
             if self.strategy is not None:
                 outcome = self._outcome(trial)
