@@ -108,7 +108,8 @@ while finished() < until:
 
 def begin(tmp_path: Path, journal: Path, strategy: str, until: int, hang: int = -1) -> subprocess.Popen[bytes]:
     script = tmp_path / "worker.py"
-    script.write_text(WORKER_SCRIPT)
+    if not script.exists():  # another process may just be reading it
+        script.write_text(WORKER_SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(journal), strategy, str(until), str(hang)]
     return subprocess.Popen(command, env=environment)
