@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
-from helpers import TinySpace, domain_of
+from helpers import TinySpace, domain_of, latency_limit, plain, tiny_estimator, tiny_quality
 from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState
 
+from nas.controller import Budget, SearchController, objective
 from nas.errors import ContentError, ExperimentError, ExtraError
+from nas.evaluators import Lookup
+from nas.executors import Serial
 from nas.optuna.strategy import NEEDS, OptunaStrategy, named, samplers
+from nas.reward import MnasNetHard
 from nas.settings import construct
+from nas.space import Genomes
 from nas.strategies import Domain, Objective, Outcomes, Proposals, Strategy, strategies
 from nas.strategies.base import ASKED, COMPLETE, DUPLICATE, EARLIER, FAILED, SCREENED
+from nas.study import Study
 
 STATUSES = (COMPLETE, COMPLETE, FAILED, COMPLETE, SCREENED, COMPLETE, DUPLICATE)
 
@@ -160,6 +167,32 @@ def test_samplers_learn(name: str) -> None:
 
     settings = {"population_size": 10} if name.startswith("NSGA") else {}
     assert mean_of_last(make(name, where, 1, **settings)) > mean_of_last(make("RandomSampler", where, 1)) + 1
+
+
+def test_a_search_is_resumed_without_training_anything_again(tmp_path: Path) -> None:
+    space = TinySpace()
+    estimator = tiny_estimator(space)
+    reward, limit = MnasNetHard(0.02), latency_limit(estimator, 0.5)
+    known = objective(estimator, (limit,), reward, "latency_ms")
+    trained: list[Genomes] = []
+
+    def search(trials: int) -> list[str]:
+        plain_domain = domain_of(space)
+        where = Domain(plain_domain.cardinalities, plain_domain.ordered, space.active, objective=known)
+        strategy = make("TPESampler", where, 3, n_startup_trials=4)
+        study = Study(tmp_path / "study.jsonl", "search", space, {})
+
+        def quality(genome: Genomes) -> float:
+            trained.append(genome)
+            return tiny_quality(genome)
+
+        with Serial(Lookup(quality)) as executor:
+            budget = Budget(trials)
+            return plain(SearchController(space, strategy, estimator, executor, reward, (limit,), study, budget).run())
+
+    first, longer = search(8), search(14)
+    assert longer[:8] == first
+    assert len(trained) == len(longer)
 
 
 # ---- what the study is told ----------------------------------------------------------------------------------
