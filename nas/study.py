@@ -1,4 +1,4 @@
-"""The record of everything that was tried: one Optuna study per arm, and nothing else knows Optuna."""
+"""The record of everything that was tried: one Optuna study per arm."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import abc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -139,6 +140,9 @@ class Strategy(abc.ABC):
         seed: any non-negative integer.
     """
 
+    #: Whether it searches for a front of quality and costs; the others follow the reward alone.
+    multi_objective: ClassVar[bool] = False
+
     def __init__(self, domain: Domain, seed: int = 0) -> None:
         self.domain, self.seed = domain, seed
         self._asked = 0
@@ -176,6 +180,12 @@ class Strategy(abc.ABC):
                 self._taken[key] -= 1
                 if not self._taken[key]:
                     del self._taken[key]
+
+    def take_up(self, number: int, waiting: Proposals) -> None:
+        """Go on where other instances are: the next proposal gets ``number``, and what is under way is ``waiting``."""
+        self._asked = number
+        self._waiting, self._taken = {}, Counter()
+        self._reserve(waiting.index, waiting.genomes, waiting.fidelity, np.arange(len(waiting.index)), last=True)
 
     @abc.abstractmethod
     def propose(self, draws: Draws) -> Genomes:
@@ -218,3 +228,4 @@ class Strategy(abc.ABC):
 
 
 strategies: Registry[type[Strategy]] = Registry("strategy")
+strategies.family("optuna", "nas.optuna.strategy:named")

@@ -11,6 +11,8 @@ from nas.strategies.draws import Draws
 class RandomSearch(Strategy):
     """Draws every gene uniformly and learns nothing."""
 
+    multi_objective = True
+
     def propose(self, draws: Draws) -> Genomes:
         return draws.integers(self.domain.cardinalities)
 
