@@ -95,7 +95,7 @@ def _sampler(name: str, seed: int) -> Any:
 
 
 def nni_evolution(sizes: Ints, score: Score, asks: int, seed: int) -> None:
-    """``RegularizedEvolution`` with its defaults, run by NNI's sequential engine on one ``nni.choice`` per choice."""
+    """``RegularizedEvolution`` with its defaults, run by NNI's sequential engine; one ``Categorical`` per choice."""
     nni = _nni()
     engine = nni.nas.execution.SequentialExecutionEngine(max_model_count=asks)
 
@@ -109,7 +109,8 @@ def nni_evolution(sizes: Ints, score: Score, asks: int, seed: int) -> None:
         def freeze(self, sample: Any) -> Any:
             return _Frozen(super().freeze(sample))
 
-    choices = {f"x{i}": nni.choice(f"x{i}", list(range(size))) for i, size in enumerate(sizes.tolist())}
+    sizes_of = {f"x{i}": size for i, size in enumerate(sizes.tolist())}
+    choices = {name: nni.mutable.Categorical(list(range(size)), label=name) for name, size in sizes_of.items()}
     space = nni.nas.space.RawFormatModelSpace(Genes(choices), nni.nas.evaluator.FunctionalEvaluator(evaluate))
     nni.nas.strategy.RegularizedEvolution(seed=seed)(space, engine)
 
