@@ -7,9 +7,9 @@ FOLDER (or $NAS_TABLES) holds ofa_note10_lut.csv.gz and ofa_acc_predictor.npz. A
 authors' predictor says, latency the sum over their block table (``search_spaces/ofa_mbv3.py``). An evaluation is a
 distinct net whose accuracy is asked for: genomes that differ only in blocks beyond the depth are one net, and repeats
 are free. Ours know the latencies: what is over the budget is screened and costs no evaluation. Names are those of
-``benchmarks/tabular.py``: ``plain:NAME``, ``optuna:SAMPLER`` and ``nni:evolution`` are charged for what is over the budget,
-which scores accuracy × (budget / latency); ``screened:PEER`` is answered 0, uncharged. A search ends early after 20,000
-asks in a row that were free.
+``benchmarks/tabular.py``: ``plain:NAME``, ``optuna:SAMPLER`` and ``nni:evolution`` are charged for what is over the
+budget, which scores accuracy × (budget / latency); ``screened:PEER`` is answered 0, uncharged. A search ends early
+after 20,000 asks in a row that were free.
 
 Prints one JSON line per strategy: best accuracy within the budget after so many evaluations (mean, standard error and
 minimum over seeds), and seconds of a search. The numbers but the times are the same with any ``--jobs``.
@@ -63,7 +63,7 @@ class Problem:
 
     def reward(self, quality: Array, costs: Array) -> Array:
         """The score, ``[n]``."""
-        return np.asarray(quality / 100 * np.minimum(1.0, self.budget / costs[:, 0]))
+        return np.asarray(quality * np.minimum(1.0, self.budget / costs[:, 0]))
 
     def domain(self, knows_costs: bool) -> Domain:
         """What a strategy is told of the space, the prices among it or not."""
@@ -79,7 +79,7 @@ class Oracle:
     def __init__(self, problem: Problem, evaluations: int, screened: bool) -> None:
         self.problem, self.evaluations, self.screened = problem, evaluations, screened
         self.known: dict[bytes, float] = {}
-        self.curve: list[float] = []  # best accuracy within the budget after each evaluation
+        self.curve: list[float] = []  # best accuracy in % within the budget after each evaluation
         self.asks = self.free = 0
         self.answering = 0.0
 
@@ -104,7 +104,7 @@ class Oracle:
             if i in measured:
                 self.known[key] = float(measured[i])
                 best = self.curve[-1] if self.curve else 0.0
-                self.curve.append(max(best, self.known[key]) if within[i] else best)
+                self.curve.append(max(best, 100 * self.known[key]) if within[i] else best)
             quality[i] = self.known[key]
         self.asks += len(genomes)
         self.free = 0 if measured else self.free + len(genomes)

@@ -280,7 +280,7 @@ def main() -> None:
         for name in names:
             peers.check(name) or strategies.get(name.removeprefix("plain:").removeprefix("screened:"))
         problem = load(setting)
-        queries = options.queries or (len(problem.genomes) if options.fidelity else 100)
+        queries = options.queries or (len(problem.final) if options.fidelity else 100)
         seconds = np.inf if options.seconds is None else options.seconds
         for line in compare(problem, names, queries, seconds, options.seeds, options.jobs):
             print(json.dumps(line), flush=True)

@@ -24,14 +24,14 @@ STEM, HEAD, FEATURES, CLASSES = 24, 1152, 1536, 1000
 STAGES = ((32, 2, 0, 0), (48, 2, 1, 0), (96, 2, 0, 1), (136, 1, 1, 1), (192, 2, 1, 1))
 BLOCKS = 4  # of a stage at its largest depth
 ORIGIN = "tutorial of github.com/mit-han-lab/once-for-all: accuracy predictor, and look-up tables of the Note10"
-DECIMALS = 6
+DECIMALS = 8
 
 
 class OfaMobileNetV3(PublishedSpace):
     """Resolution, and per stage a depth and per block a kernel size and an expansion ratio: 46 choices.
 
     The kernel size and the expansion of a block beyond the depth of its stage are dormant. ``quality`` is
-    ImageNet top-1 accuracy in %, as predicted; the cost is ``latency_ms``, the sum over the table's blocks.
+    ImageNet top-1 accuracy, as predicted; the cost is ``latency_ms``, the sum over the table's blocks.
 
     Args:
         task: not used.
@@ -85,7 +85,7 @@ class OfaMobileNetV3(PublishedSpace):
         return (self._fixed[resolution] + np.where(self._present(genomes), each, 0.0).sum(axis=1))[:, None]
 
     def quality(self, genomes: Genomes, fidelity: float = 1.0) -> Array:
-        """Predicted top-1 accuracy in %, ``[n]``, to six decimals (so that it does not depend on n)."""
+        """Predicted top-1 accuracy 0..1, ``[n]``, to eight decimals (so that it does not depend on n)."""
         genomes = np.atleast_2d(genomes)
         n, present = len(genomes), self._present(genomes)
         one_hot = np.zeros((n, 128))
@@ -97,7 +97,7 @@ class OfaMobileNetV3(PublishedSpace):
         for weight, bias in self._layers[:-1]:
             x = np.maximum(x @ weight + bias, 0.0)
         weight, bias = self._layers[-1]
-        return np.asarray(np.round(100 * (x @ weight + bias)[:, 0], DECIMALS))
+        return np.asarray(np.round((x @ weight + bias)[:, 0], DECIMALS))
 
     def _present(self, genomes: Genomes) -> npt.NDArray[np.bool_]:
         """Which of the 20 blocks exist, ``[n, 20]``."""
