@@ -239,8 +239,9 @@ def _row(space: PublishedSpace, arm: str, trial: Trial) -> dict[str, Any]:
 
 
 def _trial(space: PublishedSpace, trial: Trial) -> dict[str, Any]:
+    genome = space.canonical(np.array([trial.genome]))[0]  # in a sample, that of the row which stands for the trial
     return {
-        "index": trial.index, "status": trial.status, "candidate": space.decode(trial.genome).as_dict(),
+        "index": trial.index, "status": trial.status, "candidate": space.decode(genome).as_dict(),
         "quality": _known(trial.quality), "reward": _known(trial.reward),
         "costs": {name: _known(value) for name, value in trial.costs.items()}, "violation": trial.violation,
         "reason": trial.reason, "seconds": trial.seconds,

@@ -22,6 +22,7 @@ from nas.space import Candidate, Choice, Genomes, SearchSpace, Site, TaskInfo, T
 
 Array = npt.NDArray[np.float64]
 FOLDER = "NAS_TABLES"
+ORIGIN = "its publisher's page"
 SAMPLE = 0.05  # a table with a smaller share of all combinations is read as a sample of them
 CODE = 5  # characters: from here on a column among several is a string of digits and no number
 CHUNK = 512  # rows compared with the whole table at a time
@@ -98,6 +99,7 @@ class TabularSpace(PublishedSpace):
         report: name → column that judges the winner.
         scale: what qualities are divided by, to be shares of 1.
         key: column that all files are joined on.
+        origin: where the files can be had, for the error where one is missing.
         folder: where the files lie, if neither here nor in ``$NAS_TABLES``.
 
     Raises:
@@ -117,14 +119,15 @@ class TabularSpace(PublishedSpace):
         report: dict[str, str] | None = None,
         scale: float = 100.0,
         key: str | None = None,
+        origin: str = ORIGIN,
         folder: str | None = None,
     ) -> None:
         names = [genome] if isinstance(genome, str) else list(genome)
         if not costs or not names:
             raise ContentError("A tabular space needs a genome column and a cost column.")
-        table = Table.of(quality, folder)
+        table = Table.of(quality, folder, origin)
         rows = table.distinct(names)
-        read = Columns(table, names, rows, key, folder)
+        read = Columns(table, names, rows, key, folder, origin)
         genomes, self.choices, self._kinds = encode(table, names, rows)
         self.index = Index(genomes, np.array([len(choice.values) for choice in self.choices]))
         self._quality = {1.0: read(quality) / scale}
@@ -219,7 +222,7 @@ class Table:
     columns: dict[str, list[str]]
 
     @classmethod
-    def of(cls, where: str, folder: str | None = None) -> Table:
+    def of(cls, where: str, folder: str | None = None, origin: str = ORIGIN) -> Table:
         """The file of ``FILE:COLUMN``.
 
         Raises:
@@ -228,7 +231,7 @@ class Table:
         name, colon, column = where.rpartition(":")
         if not colon or not column:
             raise ContentError(f"{where!r} names no column.", expected="FILE:COLUMN")
-        file = find_table(name, "its publisher's page", folder)
+        file = find_table(name, origin, folder)
         with _open(file) as handle:
             rows = list(csv.reader(handle))
         if len(rows) < 2 or any(len(row) != len(rows[0]) for row in rows):
@@ -262,6 +265,7 @@ class Columns:
     rows: Sequence[int]
     key: str | None = None
     folder: str | None = None
+    origin: str = ORIGIN
 
     def __call__(self, where: str) -> Array:
         """``FILE:COLUMN`` → ``[rows]``; NaN where there is no number.
@@ -269,7 +273,7 @@ class Columns:
         Raises:
             ContentError: the file or column is missing, or shares no row.
         """
-        other = Table.of(where, self.folder)
+        other = Table.of(where, self.folder, self.origin)
         values = other.column(where.rpartition(":")[2])
         if other.file == self.table.file:
             return np.array([_number(values[row]) for row in self.rows])
