@@ -162,7 +162,9 @@ def drive(strategy: Strategy, oracle: Oracle, batch: int) -> None:
         violation, reward = oracle.problem.violation(costs), oracle.problem.reward(quality, costs)
         source = np.full(len(status), ASKED)
         strategy.tell(
-            Outcomes(asked.index, asked.genomes, quality, costs, violation, reward, asked.fidelity, status, source)
+            Outcomes(
+                asked.index, asked.genomes, quality, costs, violation, reward, np.ones(len(status)), status, source
+            )
         )
 
 

@@ -163,7 +163,7 @@ def drive(strategy: Strategy, oracle: Oracle) -> float:
         reward = np.nan if status == SCREENED else 0.0 if row < 0 else problem.signal[row]
         outcomes = Outcomes(
             asked.index, asked.genomes, np.array([quality]), costs, problem.violation(costs), np.array([reward]),
-            asked.fidelity, np.array([status]), np.array([ASKED]),
+            np.ones(1), np.array([status]), np.array([ASKED]),
         )  # fmt: skip
         start = time.perf_counter()
         strategy.tell(outcomes)

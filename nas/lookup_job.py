@@ -79,7 +79,8 @@ def forecast(experiment: LookupExperiment) -> list[str]:
     space = load(experiment)
     limits, share = budget(experiment, space)
     reward(experiment, space, limits)
-    strategy_domain(space)
+    section = experiment.strategy
+    construct(strategies.get(section.kind), section.settings, strategy_domain(space), 0, where="strategy")
     return [
         f"space {space.name}: {len(space.choices)} choices, {space.size:,} genomes, published at fidelities "
         + ", ".join(f"{fidelity:g}" for fidelity in space.fidelities),

@@ -187,7 +187,7 @@ class Index:
     """
 
     def __init__(self, genomes: Genomes, cardinalities: Genomes) -> None:
-        self.genomes = genomes
+        self.genomes, self.cardinalities = genomes, cardinalities
         self.sample = len(genomes) < SAMPLE * float(np.prod(cardinalities.astype(float)))
         # A linear hash modulo 2^64, sorted; a hit is compared with the genome itself.
         self._factors = np.random.default_rng(0).integers(1, 2**63 - 1, len(cardinalities), dtype=np.int64) | 1
@@ -204,10 +204,18 @@ class Index:
             return np.where(missing, -1, found)
         lost = np.flatnonzero(missing)
         for part in (lost[i : i + CHUNK] for i in range(0, len(lost), CHUNK)):
-            distance = np.zeros((len(part), len(self.genomes)), dtype=np.int16)
-            for column, values in zip(genomes[part].T, self.genomes.T, strict=True):
-                distance += column[:, None] != values[None, :]
-            found[part] = distance.argmin(axis=1)
+            found[part] = (self._one_hot(genomes[part]) @ self._known.T).argmax(axis=1)  # genes in common, counted
+        return found
+
+    @cached_property
+    def _known(self) -> npt.NDArray[np.float32]:
+        return self._one_hot(self.genomes)
+
+    def _one_hot(self, genomes: Genomes) -> npt.NDArray[np.float32]:
+        """``[n, Σ cardinalities]``."""
+        ends = np.cumsum(self.cardinalities)
+        found = np.zeros((len(genomes), int(ends[-1])), dtype=np.float32)
+        np.put_along_axis(found, genomes + (ends - self.cardinalities), 1.0, axis=1)
         return found
 
     def _hash(self, genomes: Genomes) -> Genomes:

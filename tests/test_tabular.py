@@ -7,6 +7,8 @@ import gzip
 import json
 import os
 import re
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import nas
 from nas import cli, lookup_job
 from nas.content import load_space, load_space_class
 from nas.controller import best
@@ -280,6 +283,11 @@ def test_wrong_experiments(experiment: Path, tmp_path: Path, override: str, erro
         search()
 
 
+def test_the_python_face_says_that_there_is_no_student(experiment: Path) -> None:
+    with pytest.raises(ExperimentError, match="no student"):
+        nas.search(experiment)
+
+
 def test_an_experiment_with_a_task_stays_one() -> None:
     assert isinstance(load_any("digits"), Experiment)
     with pytest.raises(ExperimentError, match="'task' is missing"):
@@ -311,7 +319,7 @@ def test_every_field_of_the_summary_is_documented(experiment: Path, tmp_path: Pa
 @pytest.fixture
 def ofa_files(tmp_path: Path) -> Path:
     """A block table of the published keys with random times, and a predictor with random weights."""
-    module = __import__("sys").modules[load_space_class("ofa_mbv3").__module__]
+    module: Any = sys.modules[load_space_class("ofa_mbv3").__module__]
     rng = np.random.default_rng(0)
     rows = [[r, key, rng.random()] for r in module.RESOLUTIONS for key in dict.fromkeys(k for _, k in module._keys(r))]
     write(tmp_path / "ofa_note10_lut.csv.gz", ["resolution", "key", "mean_ms"], rows)
@@ -346,6 +354,18 @@ def test_ofa_blocks_beyond_the_depth_are_dormant(ofa_files: Path) -> None:
     assert (space.quality(moved) != space.quality(genomes)).all()
     alone = np.array([space.quality(row[None])[0] for row in genomes])
     np.testing.assert_array_equal(alone, space.quality(genomes))
+
+
+def test_the_benchmark_on_once_for_all(ofa_files: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "ofa.py"), "--tables", str(ofa_files), "--budget", "11"]
+    command += ["--evaluations", "120", "--seeds", "2", "--strategies", "random,plain:evolution"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    screened, plain = (json.loads(line) for line in done.stdout.splitlines())
+    for line in (screened, plain):
+        assert line["evaluations"] == 120
+        assert line["accuracy"]["100"] <= line["accuracy"]["120"]
+        assert line["accuracy_min"]["120"] <= line["accuracy"]["120"]
+    assert screened["asks"] > plain["asks"]
 
 
 TABLES = Path(os.environ.get("NAS_TABLES", "."))
