@@ -8,8 +8,8 @@ authors' predictor says, latency the sum over their block table (``search_spaces
 distinct net whose accuracy is asked for: genomes that differ only in blocks beyond the depth are one net, and repeats
 are free. Ours know the latencies: what is over the budget is screened and costs no evaluation. Names are those of
 ``benchmarks/tabular.py``: ``plain:NAME``, ``optuna:SAMPLER`` and ``nni:evolution`` are charged for what is over the
-budget, which scores accuracy × (budget / latency); ``screened:PEER`` is answered 0, uncharged. A search ends early
-after 20,000 asks in a row that were free.
+budget, which scores accuracy × (budget / latency); ``screened:PEER`` is answered the same, uncharged. A search
+ends early after 20,000 asks in a row that were free.
 
 Prints one JSON line per strategy: best accuracy within the budget after so many evaluations (mean, standard error and
 minimum over seeds), and seconds of a search. The numbers but the times are the same with any ``--jobs``.
@@ -111,7 +111,7 @@ class Oracle:
         return status, quality, costs
 
     def score(self, genome: npt.NDArray[np.int64]) -> float:
-        """What a peer is answered; 0 for what is screened.
+        """What a peer is answered: the score, whether it was charged or not.
 
         Raises:
             Finished: there is nothing left to spend.
@@ -120,8 +120,10 @@ class Oracle:
             raise Finished
         start = time.perf_counter()
         status, quality, costs = self.answer(genome[None])
+        if status[0] == SCREENED:
+            quality = self.problem.space.quality(genome[None])
         self.answering += time.perf_counter() - start
-        return 0.0 if status[0] == SCREENED else float(self.problem.reward(quality, costs)[0])
+        return float(self.problem.reward(quality, costs)[0])
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ that × (budget / cost); a cost that is missing, NaN or ≤ 0, or a missing qual
 100 × (best possible score − best found), mean over seeds. A query is a distinct genome evaluated; repeats are free
 for everyone, up to 20 × queries asks, one at a time.
 
-Ours (every name of the registry) see the cost column beforehand: what it rules out costs them no query.
-``plain:NAME`` is the same strategy as it comes: prices unknown, answers over the budget charged. A peer,
-``optuna:SAMPLER`` or ``nni:evolution``, comes as it is; to ``screened:PEER`` what the cost column rules out is
-answered 0, free and uncharged.
+Ours (every name of the registry) see the cost column beforehand: what it rules out costs them no query, and tells them
+nothing of its quality. ``plain:NAME`` is the same strategy as it comes: prices unknown, answers over the budget charged.
+A peer, ``optuna:SAMPLER`` or ``nni:evolution``, comes as it is; to ``screened:PEER`` what the cost column rules out is
+answered with its score, free and uncharged. That is more than a search could know without a training, and it is what
+served the peers best: an answer of 0 distorts a sampler's model.
 
 ``--fidelity FILE:COLUMN --fidelity-cost FILE:COLUMN --seconds S`` simulates time: candidates are judged by the fidelity
 column, each query takes its seconds, and the search ends with the last query that fits. Regret and test are then
@@ -108,7 +109,7 @@ class Oracle:
         return COMPLETE, row
 
     def score(self, genome: npt.NDArray[np.int64]) -> float:
-        """What a peer is answered.
+        """What a peer is answered: the score, whether it was charged or not.
 
         Raises:
             Finished: there is nothing left to spend.
@@ -116,9 +117,9 @@ class Oracle:
         if self.finished:
             raise Finished
         start = time.perf_counter()
-        status, row = self.answer(genome)
+        _, row = self.answer(genome)
         self.answering += time.perf_counter() - start
-        return 0.0 if row < 0 or status == SCREENED else float(self.problem.signal[row])
+        return 0.0 if row < 0 else float(self.problem.signal[row])
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,15 @@ def test_screened_pays_for_feasible_genomes_only(modules: Any, table: Path) -> N
     assert len(set(plain.rows)) == 20
 
 
+def test_a_screened_peer_is_answered_free(modules: Any, table: Path) -> None:
+    tabular, published = modules
+    oracle = tabular.Oracle(load(published, table), 3, np.inf, screened=True)
+    assert oracle.score(np.array([3, 3, 3])) == pytest.approx(0.8 * 5.5 / 10)
+    assert oracle.rows == []
+    assert oracle.score(np.array([3, 0, 0])) == pytest.approx(0.6)
+    assert oracle.rows == [row("300")]
+
+
 def test_repeats_are_free_up_to_20_asks_a_query(modules: Any, table: Path) -> None:
     tabular, published = modules
     oracle = tabular.Oracle(load(published, table), 3, np.inf, screened=False)
