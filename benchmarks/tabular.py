@@ -10,10 +10,10 @@ that × (budget / cost); a cost that is missing, NaN or ≤ 0, or a missing qual
 for everyone, up to 20 × queries asks, one at a time.
 
 Ours (every name of the registry) see the cost column beforehand: what it rules out costs them no query, and tells them
-nothing of its quality. ``plain:NAME`` is the same strategy as it comes: prices unknown, answers over the budget charged.
-A peer, ``optuna:SAMPLER`` or ``nni:evolution``, comes as it is; to ``screened:PEER`` what the cost column rules out is
-answered with its score, free and uncharged. That is more than a search could know without a training, and it is what
-served the peers best: an answer of 0 distorts a sampler's model.
+nothing of its quality. ``plain:NAME`` is the same strategy as it comes: prices unknown, answers over the budget
+charged. A peer, ``optuna:SAMPLER`` or ``nni:evolution``, comes as it is; to ``screened:PEER`` what the cost column
+rules out is answered with its score, free and uncharged. That is more than a search could know without a training: the
+benefit of the doubt is the peers'.
 
 ``--fidelity FILE:COLUMN --fidelity-cost FILE:COLUMN --seconds S`` simulates time: candidates are judged by the fidelity
 column, each query takes its seconds, and the search ends with the last query that fits. Regret and test are then
