@@ -1,137 +1,292 @@
-"""Strategies on a published table: regret within a latency budget, over seeds.
+"""Strategies, and their peers, on a published table: regret within a cost budget, over seeds.
 
     python benchmarks/tabular.py --quality nb201_accuracy.csv.gz:c10_valid_200 \\
         --cost hwnasbench_nb201.csv.gz:c10_pixel3_latency --genome ops --budget-quantile 0.4 --queries 100 --seeds 20 \\
-        --strategies random,evolution,reinforce
+        --strategies default,optuna:TPESampler,screened:optuna:TPESampler,nni:evolution
 
 The budget is the quantile over finite, positive costs. A candidate within it scores quality / quality-scale; over it,
-that × (budget / cost); a cost that is missing, NaN or ≤ 0 is infeasible and scores 0. Regret = 100 × (best possible −
-best found), mean over seeds. A query is a distinct genome evaluated; repeats are free, up to 20 × queries asks.
-What the cost rules out is answered free and uncharged, unless the strategy is written ``plain:NAME``.
-Prints one JSON line per strategy.
+that × (budget / cost); a cost that is missing, NaN or ≤ 0, or a missing quality, is infeasible and scores 0. Regret =
+100 × (best possible score − best found), mean over seeds. A query is a distinct genome evaluated; repeats are free
+for everyone, up to 20 × queries asks, one at a time.
+
+Ours (every name of the registry) see the cost column beforehand: what it rules out costs them no query, and tells them
+nothing of its quality. ``plain:NAME`` is the same strategy as it comes: prices unknown, answers over the budget
+charged. A peer, ``optuna:SAMPLER`` or ``nni:evolution``, comes as it is; to ``screened:PEER`` what the cost column
+rules out is answered with its score, free and uncharged. That is more than a search could know without a training: the
+benefit of the doubt is the peers'.
+
+``--fidelity FILE:COLUMN --fidelity-cost FILE:COLUMN --seconds S`` simulates time: candidates are judged by the fidelity
+column, each query takes its seconds, and the search ends with the last query that fits. Regret and test are then
+those of the candidate that the fidelity column puts first. ``--test FILE:COLUMN[,FILE:COLUMN]`` reports that
+candidate's columns. ``--cost`` may be left out: no budget.
+
+``hypervolume`` is that of every query's (quality, cost) over the reference point (median quality of what is within the
+budget, budget), in units of the area up to the best quality within the budget and no cost.
+
+FILE is .csv or .csv.gz. Files are joined on ``idx`` where both have it, else on the genome, else on their first column.
+A genome column is a string of digits (0-9, a-z), one choice each; of several columns named with commas, one whose
+values are short and no codes with leading zeros is a choice of its own. A genome that the table lacks is infeasible;
+but where it holds less than a twentieth of the combinations, so that 20 asks a query could not find what it holds, it
+is read as a sample, and a genome that it lacks is answered with its nearest row (fewest genes that differ).
+
+Prints one JSON line per strategy; the numbers but ``ask_tell_us`` are the same with any ``--jobs``.
 """
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one seed per process: threads of their own would only be in the way
+
 import argparse
-import csv
-import gzip
+import contextlib
 import json
+import multiprocessing
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import peers
+from published import Problem, Setting, load
 
 import nas.strategies  # noqa: F401 - fills the registry
-from nas.strategies.base import ASKED, COMPLETE, DUPLICATE, SCREENED, Domain, Outcomes, Proposals, strategies
+from nas.errors import NasError
+from nas.strategies.base import ASKED, COMPLETE, DUPLICATE, SCREENED, Outcomes, Strategy, strategies
 
-CHECKPOINTS = (25, 50, 100, 200, 300, 500, 1000)
-BATCH = 1
-
-
-class Problem:
-    """A table as a search problem: digits of the genome column, score and feasibility by genome."""
-
-    def __init__(self, quality: str, cost: str, genome: str, quantile: float, scale: float) -> None:
-        keys, q = read(quality, genome)
-        cost_by_join = dict(zip(*read(cost, None), strict=True))
-        joins, _ = read(quality, None)
-        c = np.array([cost_by_join.get(join, np.nan) for join in joins])
-        self.usable = np.isfinite(c) & (c > 0)
-        self.budget = float(np.quantile(c[self.usable], quantile))
-        self.within = self.usable & (c <= self.budget)
-        safe = np.where(self.usable, c, np.inf)
-        self.score = np.where(self.within, q / scale, q / scale * self.budget / safe)
-        self.genomes = np.array([[int(d, 36) for d in key] for key in keys])
-        self.row = {tuple(g): i for i, g in enumerate(self.genomes.tolist())}
-        self.best = float(self.score[self.within].max())
-        self.cardinalities = self.genomes.max(axis=0) + 1
-
-    def domain(self) -> Domain:
-        """Nothing is known to be ordered or dormant."""
-        n = len(self.cardinalities)
-        return Domain(self.cardinalities, np.zeros(n, dtype=bool), lambda g: np.ones(np.shape(g), dtype=bool))
+Array = npt.NDArray[np.float64]
+CHECKPOINTS = (25, 50, 100, 200, 300, 500, 1000, 2000, 5000, 10000)
+ASKS_PER_QUERY = 20
 
 
-def read(where: str, key: str | None) -> tuple[list[str], np.ndarray]:
-    """``FILE:COLUMN`` → values of the key column (``idx``, else the first) and numbers of the column."""
-    file, _, column = where.rpartition(":")
-    if not Path(file).exists():
-        raise SystemExit(f"{file} is missing: bring the published table, or name another with FILE:COLUMN")
-    opener = gzip.open if file.endswith(".gz") else open
-    with opener(file, "rt") as handle:
-        rows = list(csv.DictReader(handle))
-    name = key or ("idx" if "idx" in rows[0] else next(iter(rows[0])))
-    numbers = [float(r[column]) if r[column] not in ("", "nan", "NaN") else np.nan for r in rows]
-    return [r[name] for r in rows], np.array(numbers)
+class Finished(Exception):
+    """The search has used up its queries, its asks or its simulated seconds."""
 
 
-def search(problem: Problem, name: str, queries: int, seed: int) -> tuple[list[float], float]:
-    """Best score after each query, and µs of ask + tell per asked candidate."""
-    plain = name.startswith("plain:")
-    strategy = strategies.get(name.removeprefix("plain:"))(problem.domain(), seed)
-    seen: dict[int, float] = {}
-    best, curve, asks, spent = -np.inf, [], 0, 0.0
-    while len(curve) < queries and asks < 20 * queries:
+class Oracle:
+    """Answers genomes from the table and keeps the account of one search.
+
+    Args:
+        queries: distinct genomes evaluated, at most.
+        seconds: simulated seconds of all queries together, at most.
+        screened: whether what the cost rules out is answered free.
+    """
+
+    def __init__(self, problem: Problem, queries: int, seconds: float, screened: bool) -> None:
+        self.problem, self.queries, self.seconds, self.screened = problem, queries, seconds, screened
+        self.asks, self.elapsed = 0, 0.0
+        self.known: set[int | bytes] = set()
+        self.rows: list[int] = []  # of each query, in order; −1: the table has no such genome
+        self.answering = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more may be asked."""
+        return len(self.rows) >= self.queries or self.asks >= ASKS_PER_QUERY * self.queries
+
+    def answer(self, genome: npt.NDArray[np.int64]) -> tuple[str, int]:
+        """What becomes of a genome (complete, duplicate or screened) and its row of the table, or −1.
+
+        Raises:
+            Finished: it would take more simulated seconds than are left.
+        """
+        self.asks += 1
+        row = int(self.problem.rows(genome[None])[0])
+        if self.screened and (row < 0 or not self.problem.within[row]):
+            return SCREENED, row
+        identity = row if row >= 0 else genome.tobytes()
+        if identity in self.known:
+            return DUPLICATE, row
+        takes = float(self.problem.seconds[row]) if row >= 0 else 0.0
+        if self.elapsed + takes > self.seconds:
+            raise Finished
+        self.elapsed += takes
+        self.known.add(identity)
+        self.rows.append(row)
+        return COMPLETE, row
+
+    def score(self, genome: npt.NDArray[np.int64]) -> float:
+        """What a peer is answered: the score, whether it was charged or not.
+
+        Raises:
+            Finished: there is nothing left to spend.
+        """
+        if self.finished:
+            raise Finished
         start = time.perf_counter()
-        asked = strategy.ask(BATCH)
-        spent += time.perf_counter() - start
-        asks += BATCH
-        quality, status = np.full(BATCH, np.nan), np.full(BATCH, SCREENED, dtype="<U9")
-        for i, genome in enumerate(asked.genomes.tolist()):
-            row = problem.row.get(tuple(genome))
-            if row is None or (not plain and not problem.within[row]):
-                continue
-            status[i] = DUPLICATE if row in seen else COMPLETE
-            quality[i] = seen.setdefault(row, float(problem.score[row]))
-            if status[i] == COMPLETE:
-                best = max(best, quality[i])
-                curve.append(best)
+        _, row = self.answer(genome)
+        self.answering += time.perf_counter() - start
+        return 0.0 if row < 0 else float(self.problem.signal[row])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one search found: rows of its queries, and µs of asking and telling per ask."""
+
+    rows: list[int]
+    asks: int
+    microseconds: float
+
+
+def search(problem: Problem, name: str, queries: int, seconds: float, seed: int) -> Run:
+    """One search by one strategy with one seed."""
+    bare = name.removeprefix("plain:").removeprefix("screened:")
+    peer = peers.find(bare)
+    screened = name.startswith("screened:") or (peer is None and not name.startswith("plain:"))
+    oracle = Oracle(problem, queries, seconds, screened)
+    if peer is not None:
+        peers.check(bare)  # imports its package before the clock starts
         start = time.perf_counter()
-        strategy.tell(outcomes(asked, quality, status))
+        with contextlib.suppress(Finished):
+            peer(problem.cardinalities, oracle.score, ASKS_PER_QUERY * queries, seed)
+        spent = time.perf_counter() - start - oracle.answering
+    else:
+        spent = drive(strategies.get(bare)(problem.domain(knows_costs=screened), seed), oracle)
+    return Run(oracle.rows, oracle.asks, 1e6 * spent / max(1, oracle.asks))
+
+
+def drive(strategy: Strategy, oracle: Oracle) -> float:
+    """Ask and tell one at a time until finished; seconds spent in the strategy."""
+    problem, spent = oracle.problem, 0.0
+    while not oracle.finished:
+        start = time.perf_counter()
+        asked = strategy.ask(1)
         spent += time.perf_counter() - start
-    return (curve + [best] * queries)[:queries], 1e6 * spent / max(1, asks)
+        try:
+            status, row = oracle.answer(asked.genomes[0])
+        except Finished:
+            break
+        costs = problem.price(asked.genomes)
+        quality = np.nan if status == SCREENED else 0.0 if row < 0 else problem.quality[row]
+        reward = np.nan if status == SCREENED else 0.0 if row < 0 else problem.signal[row]
+        outcomes = Outcomes(
+            asked.index, asked.genomes, np.array([quality]), costs, problem.violation(costs), np.array([reward]),
+            np.ones(1), np.array([status]), np.array([ASKED]),
+        )  # fmt: skip
+        start = time.perf_counter()
+        strategy.tell(outcomes)
+        spent += time.perf_counter() - start
+    return spent
 
 
-def outcomes(asked: Proposals, quality: np.ndarray, status: np.ndarray) -> Outcomes:
-    """The reward is the score; costs are not shown to the strategies."""
-    n = len(quality)
-    return Outcomes(
-        asked.index, asked.genomes, quality, np.zeros((n, 0)), np.zeros(n), quality, asked.fidelity, status,
-        np.full(n, ASKED),
-    )  # fmt: skip
+# ---- what is reported ---------------------------------------------------------------------------
+
+
+def chosen(problem: Problem, rows: list[int], after: int) -> int:
+    """The row that a search returns after so many queries: the best by what it saw; −1 where it has none."""
+    tried = [row for row in rows[:after] if row >= 0]
+    return max(tried, key=lambda row: float(problem.signal[row])) if tried else -1
+
+
+def report(problem: Problem, name: str, runs: list[Run], queries: int) -> dict[str, Any]:
+    """The line of one strategy."""
+    longest = max(len(run.rows) for run in runs)
+    limit = longest if problem.timed else queries
+    marks = {str(mark): mark for mark in CHECKPOINTS if mark <= limit}
+    marks["end" if problem.timed else str(queries)] = limit
+    regret = {key: [problem.regret(chosen(problem, run.rows, mark)) for run in runs] for key, mark in marks.items()}
+    winners = [chosen(problem, run.rows, limit) for run in runs]
+    tests = [[float(column[row]) if row >= 0 else 0.0 for row in winners] for column in problem.tests]
+    volumes = [problem.hypervolume([row for row in run.rows if row >= 0]) for run in runs]
+    return {
+        "strategy": name,
+        "regret": {key: mean(values) for key, values in regret.items()},
+        "regret_se": {key: error(values) for key, values in regret.items()},
+        "hypervolume": None if problem.budget is None else mean(volumes),
+        "test": one_or_all([mean(values) for values in tests]),
+        "ask_tell_us": round(float(np.mean([run.microseconds for run in runs])), 1),
+        "test_se": one_or_all([error(values) for values in tests]),
+        "queries": mean([float(len(run.rows)) for run in runs]),
+        "asks": mean([float(run.asks) for run in runs]),
+    }
+
+
+def mean(values: list[float]) -> float:
+    """To four digits."""
+    return round(float(np.mean(values)), 4)
+
+
+def error(values: list[float]) -> float | None:
+    """Standard error; of one seed there is none."""
+    return round(float(np.std(values, ddof=1) / len(values) ** 0.5), 4) if len(values) > 1 else None
+
+
+def one_or_all(values: list[Any]) -> Any:
+    """Nothing for no column, a number for one, a list for several."""
+    return values if len(values) > 1 else values[0] if values else None
+
+
+# ---- one process per seed -----------------------------------------------------------------------
+
+_problem: Problem
+
+
+def _start(problem: Problem) -> None:
+    global _problem
+    _problem = problem
+
+
+def _search(name: str, queries: int, seconds: float, seed: int) -> Run:
+    return search(_problem, name, queries, seconds, seed)
+
+
+def compare(
+    problem: Problem, names: list[str], queries: int, seconds: float, seeds: int, jobs: int
+) -> Iterator[dict[str, Any]]:
+    """The line of each strategy, in order; always in fresh processes, so that their number changes no result."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, seeds), context, initializer=_start, initargs=(problem,)) as pool:
+        try:
+            for name in names:
+                futures = [pool.submit(_search, name, queries, seconds, seed) for seed in range(seeds)]
+                yield report(problem, name, [future.result() for future in futures], queries)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def main() -> None:
-    """Run every strategy on every seed."""
+    """Read the tables, run every strategy on every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quality", required=True)
-    parser.add_argument("--cost", required=True)
-    parser.add_argument("--genome", required=True)
+    parser.add_argument("--quality", required=True, metavar="FILE:COLUMN")
+    parser.add_argument("--cost", metavar="FILE:COLUMN")
+    parser.add_argument("--genome", required=True, metavar="COLUMN[,COLUMN]")
     parser.add_argument("--budget-quantile", type=float, default=0.4)
-    parser.add_argument("--queries", type=int, default=100)
+    parser.add_argument("--queries", type=int, help="default: 100, or as many as --seconds allow")
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--strategies", default="random,evolution,reinforce")
+    parser.add_argument("--strategies", default="default,optuna:TPESampler,screened:optuna:TPESampler,nni:evolution")
     parser.add_argument("--quality-scale", type=float, default=100.0)
+    parser.add_argument("--test", metavar="FILE:COLUMN[,FILE:COLUMN]")
+    parser.add_argument("--fidelity", metavar="FILE:COLUMN")
+    parser.add_argument("--fidelity-cost", metavar="FILE:COLUMN")
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    problem = Problem(options.quality, options.cost, options.genome, options.budget_quantile, options.quality_scale)
-    for name in options.strategies.split(","):
-        runs = [search(problem, name, options.queries, seed) for seed in range(options.seeds)]
-        regret = 100 * (problem.best - np.array([curve for curve, _ in runs]))
-        marks = sorted({c for c in CHECKPOINTS if c <= options.queries} | {options.queries})
-        print(
-            json.dumps(
-                {
-                    "strategy": name,
-                    "regret": {str(m): round(float(regret[:, m - 1].mean()), 4) for m in marks},
-                    "regret_se": {
-                        str(m): round(float(regret[:, m - 1].std(ddof=1) / len(runs) ** 0.5), 4) for m in marks
-                    },
-                    "ask_tell_us": round(float(np.mean([us for _, us in runs])), 1),
-                }
-            ),
-            flush=True,
-        )
+    timed = [options.fidelity, options.fidelity_cost, options.seconds]
+    if any(value is not None for value in timed) and None in timed:
+        parser.error("--fidelity, --fidelity-cost and --seconds go together")
+    if not options.cost and not options.fidelity:
+        parser.error("--cost is missing (it may be left out only with --fidelity)")
+    if min(options.seeds, options.jobs) < 1 or (options.queries is not None and options.queries < 1):
+        parser.error("--seeds, --queries and --jobs are at least 1")
+    setting = Setting(
+        options.quality, options.genome, options.cost, options.budget_quantile, options.quality_scale,
+        tuple(options.test.split(",")) if options.test else (), options.fidelity, options.fidelity_cost,
+    )  # fmt: skip
+    names = options.strategies.split(",")
+    try:
+        for name in names:
+            peers.check(name) or strategies.get(name.removeprefix("plain:").removeprefix("screened:"))
+        problem = load(setting)
+        queries = options.queries or (len(problem.final) if options.fidelity else 100)
+        seconds = np.inf if options.seconds is None else options.seconds
+        for line in compare(problem, names, queries, seconds, options.seeds, options.jobs):
+            print(json.dumps(line), flush=True)
+    except NasError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.errors import StudentError
-from nas.experiment import load_experiment
+from nas.errors import ExperimentError, StudentError
+from nas.experiment import LookupExperiment, load_any
 from nas.job import execute
 from nas.progress import Progress
 
@@ -88,7 +88,12 @@ def search(
     Raises:
         NasError: whatever a user can mend, with the remedy.
     """
-    checked = load_experiment(experiment, overrides)
+    checked = load_any(experiment, overrides)
+    if isinstance(checked, LookupExperiment):
+        raise ExperimentError(
+            f"Experiment {checked.name!r} looks everything up: there is no student.",
+            remedy="nas.lookup_job.execute, which returns the run folder",
+        )
     run = Path(out) if out is not None else Path("runs") / checked.name
     return load_student(execute(checked, run, resume=resume, progress=progress))
 

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -120,24 +121,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _search(options: argparse.Namespace) -> int:
-    from nas.experiment import load_experiment
-    from nas.job import execute
+    from nas import job, lookup_job
+    from nas.experiment import LookupExperiment, load_any
 
-    experiment = load_experiment(options.experiment, options.set)
+    experiment = load_any(options.experiment, options.set)
     run = options.out or Path("runs") / experiment.name
     if options.dry_run:
         return _dry_run(experiment)
     bar = Bar()
     with bar.progress:
-        execute(experiment, run, resume=options.resume, progress=bar)
+        if isinstance(experiment, LookupExperiment):
+            lookup_job.execute(experiment, run, resume=options.resume, progress=bar)
+        else:
+            job.execute(experiment, run, resume=options.resume, progress=bar)
     _print_result(run)
     return 0
 
 
-def _dry_run(experiment: object) -> int:
-    from nas.forecast import forecast
+def _dry_run(experiment: Any) -> int:
+    from nas import forecast, lookup_job
+    from nas.experiment import LookupExperiment
 
-    for line in forecast(experiment):  # type: ignore[arg-type]
+    looked_up = isinstance(experiment, LookupExperiment)
+    for line in lookup_job.forecast(experiment) if looked_up else forecast.forecast(experiment):
         console.print(escape(line), soft_wrap=True)
     return 0
 
@@ -185,11 +191,13 @@ def _report(options: argparse.Namespace) -> int:
 def _print_result(run: Path) -> None:
     import json
 
-    from nas.report import headline, summary_table
+    from nas import report
+    from nas.report import lookup
 
     summary = json.loads((run / "summary.json").read_text())
-    console.print(summary_table(summary))
-    for line in headline(summary):
+    words = lookup if lookup.is_lookup(summary) else report
+    console.print(words.summary_table(summary))
+    for line in words.headline(summary):
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"report: {run / 'report.html'}", markup=False, soft_wrap=True)
 

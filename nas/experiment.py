@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from nas import content
 from nas.errors import ExperimentError
+from nas.tabular import PublishedSpace
 
 SCHEMA = "docs/experiment.md"
 
@@ -225,6 +226,58 @@ class Experiment(Section):
         return plain
 
 
+def quantile(value: Any) -> float | str:
+    """A number, or ``quantile Q`` of the space's costs, as text."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*quantile\s+([0-9.]+)\s*", value)
+        if not match or not 0 < float(match.group(1)) <= 1:
+            raise ValueError("expected a number in the cost's unit, or 'quantile 0.4'")
+        return f"quantile {float(match.group(1)):g}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError("expected a number above 0 in the cost's unit, or 'quantile 0.4'")
+    return float(value)
+
+
+class LookupRewardSection(RewardSection):
+    """Reward by name; ``target`` defaults to the budget of the first cost. Within the budget it is the quality."""
+
+    kind: str = "mnasnet_hard"
+
+
+class LookupExperiment(Section):
+    """An experiment on published qualities and costs: no task, no device, no training, no student."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    space: SpaceSection
+    strategy: StrategySection = StrategySection()
+    reward: LookupRewardSection = LookupRewardSection()
+    budget: dict[str, float | str] = {}
+    search: SearchSection = SearchSection()
+    baselines: tuple[Literal["random"], ...] = ("random",)
+    study: StudySection = StudySection()
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _amounts(cls, value: Any) -> Any:
+        return {name: quantile(amount) for name, amount in value.items()} if isinstance(value, dict) else value
+
+    def plain(self) -> dict[str, Any]:
+        """JSON-able form, as it is written to the run folder (no limit on seconds is null)."""
+        return _finite(self.model_dump(mode="python"))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same for a run to be resumed."""
+        plain = self.plain()
+        for section in ("name", "baselines", "study"):
+            plain.pop(section)
+        plain["space"].pop("folder", None)
+        plain["search"] = {"batch": self.search.batch}
+        return plain
+
+
+S = TypeVar("S", Experiment, LookupExperiment)
 PLUGINS = ((["task"], "kind"), (["space"], "name"), (["strategy"], "kind"), (["reward"], "kind"))
 
 
@@ -235,14 +288,41 @@ def load_experiment(source: str | Path | dict[str, Any], overrides: list[str] | 
         ExperimentError: names the key, what was found and what is expected.
         ContentError: there is no such experiment.
     """
+    return _validated(Experiment, *_overridden(source, overrides))
+
+
+def load_any(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Experiment | LookupExperiment:
+    """Like :func:`load_experiment`; one without a task whose space is published is a :class:`LookupExperiment`.
+
+    The files of its space may lie beside the experiment's.
+    """
+    raw, origin = _overridden(source, overrides)
+    if "task" in raw or not _is_published(raw):
+        return _validated(Experiment, raw, origin)
+    if not isinstance(source, dict):
+        raw["space"].setdefault("folder", str(Path(origin).parent))
+    return _validated(LookupExperiment, raw, origin)
+
+
+def _is_published(raw: dict[str, Any]) -> bool:
+    space = raw.get("space")
+    name = space.get("name") if isinstance(space, dict) else None
+    return isinstance(name, str) and issubclass(content.load_space_class(name), PublishedSpace)
+
+
+def _overridden(source: str | Path | dict[str, Any], overrides: list[str] | None) -> tuple[dict[str, Any], str]:
     raw, origin = (source, "the experiment") if isinstance(source, dict) else _read(source)
     raw = _copy(raw)
     for override in overrides or []:
         _set(raw, override)
+    return raw, origin
+
+
+def _validated(schema: type[S], raw: dict[str, Any], origin: str) -> S:
     try:
-        return Experiment.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, origin) from None
+        raise _explain(error, origin, schema) from None
 
 
 def _read(source: str | Path) -> tuple[dict[str, Any], str]:
@@ -282,13 +362,13 @@ def _set(raw: dict[str, Any], override: str) -> None:
     place[leaf] = value
 
 
-def _explain(error: ValidationError, origin: str) -> ExperimentError:
+def _explain(error: ValidationError, origin: str, schema: type[Section]) -> ExperimentError:
     first = error.errors()[0]
     # Pydantic adds the member of a union that it tried; "strategy" is none, whatever it begins with.
     tried = re.compile(r"(constrained-)?(bool|float|str|int)|literal\[.*")
     key = ".".join(str(part) for part in first["loc"] if not tried.fullmatch(str(part)))
     if first["type"] == "extra_forbidden":
-        model: Any = Experiment
+        model: Any = schema
         for part in first["loc"][:-1]:
             model = model.model_fields[part].annotation
         return ExperimentError(f"Unknown key {key!r} in {origin}.", expected=f"one of {', '.join(model.model_fields)}")

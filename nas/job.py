@@ -30,7 +30,7 @@ from nas.errors import BudgetError, ExperimentError, StudyError, TableError
 from nas.evaluators import Distil
 from nas.evaluators.train import Lessons, Recipe
 from nas.executors import Executor, Processes, Serial
-from nas.experiment import Experiment
+from nas.experiment import Experiment, LookupExperiment
 from nas.files import digest, write_atomic, write_json
 from nas.latency import AdditiveEstimator, CostEstimator, Device, LatencyTable, SeveralDevices, on_device
 from nas.latency.estimator import LATENCIES
@@ -329,7 +329,7 @@ class Job:
         self.progress.note(text)
 
 
-def open_run(experiment: Experiment, run: Path, resume: bool) -> None:
+def open_run(experiment: Experiment | LookupExperiment, run: Path, resume: bool) -> None:
     """Make the run folder, or check that the one there may be gone on with.
 
     Raises:
@@ -349,7 +349,8 @@ def open_run(experiment: Experiment, run: Path, resume: bool) -> None:
         )
     if kept.exists():
         # Before anything is overwritten: table, teacher and budget in the folder belong to what was begun there.
-        before, now = Experiment.model_validate(yaml.safe_load(kept.read_text())).identity, experiment.identity
+        before = type(experiment).model_validate(yaml.safe_load(kept.read_text())).identity
+        now = experiment.identity
         if changed := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
             raise StudyError(
                 f"The run in {run} belongs to another experiment: {', '.join(changed)} changed.",

@@ -11,7 +11,7 @@ import pytest
 
 from nas import content
 from nas.errors import ContentError, ExperimentError
-from nas.experiment import Experiment, amount, load_experiment
+from nas.experiment import Experiment, amount, load_any, load_experiment
 
 MINIMAL: dict[str, Any] = {"name": "mine", "task": {"data": "digits"}, "space": {"name": "mobilenet"}}
 
@@ -22,9 +22,9 @@ def having(**sections: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", list(content.available("experiments")))
 def test_bundled_experiments_are_valid(name: str) -> None:
-    experiment = load_experiment(name)
+    experiment = load_any(name)
     assert experiment.name == name
-    again = load_experiment(experiment.plain())
+    again = load_any(experiment.plain())
     assert again == experiment
 
 

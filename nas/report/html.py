@@ -7,7 +7,7 @@ from typing import Any
 
 from nas.errors import StudentError
 from nas.files import write_atomic
-from nas.report import figures, tables
+from nas.report import figures, lookup, tables
 from nas.report.calibration import calibration
 from nas.report.drawing import Fragments
 from nas.report.formats import UNKNOWN, count, duration, kib, milliseconds, percent, points, score, text, times
@@ -52,7 +52,8 @@ def write_report(run: Path) -> Path:
         StudentError: the summary is missing or malformed, or the page cannot be written.
     """
     target = run / "report.html"
-    content = render(read_summary(run))
+    summary = read_summary(run)
+    content = lookup.render(summary) if lookup.is_lookup(summary) else render(summary)
     try:
         write_atomic(target, content)
     except OSError as error:

@@ -185,7 +185,7 @@ class Strategy(abc.ABC):
         """Go on where other instances are: the next proposal gets ``number``, and what is under way is ``waiting``."""
         self._asked = number
         self._waiting, self._taken = {}, Counter()
-        self._reserve(waiting.index, waiting.genomes, waiting.fidelity, np.arange(len(waiting.index)), last=True)
+        self._reserve(waiting, np.arange(len(waiting.index)), last=True)
 
     @abc.abstractmethod
     def propose(self, draws: Draws) -> Genomes:
