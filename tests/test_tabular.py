@@ -223,7 +223,7 @@ def test_the_whole_flow(experiment: Path, tmp_path: Path, capsys: pytest.Capture
 def test_a_resumed_search_is_the_search(experiment: Path, tmp_path: Path) -> None:
     """Cut short, gone on with, and longer: the same trials as in one go."""
     whole = load_any(experiment)
-    short = load_any(experiment, ["search.trials=7"])
+    short = load_any(experiment, ["search.trials=8"])
     assert isinstance(whole, LookupExperiment)
     assert isinstance(short, LookupExperiment)
     lookup_job.execute(whole, tmp_path / "whole")

@@ -51,7 +51,8 @@ class Surrogate(Strategy):
 
     Outcomes of earlier searches are modelled by a process of their own; what it predicts is one more thing known of
     a candidate beforehand, which counts as much as the new outcomes bear it out. A failed candidate counts as the
-    worst quality seen. Only full trainings are modelled. Without a ``domain.objective`` the reward itself is.
+    worst quality seen. Only full trainings are modelled. Without a ``domain.objective`` the reward itself is modelled,
+    and what breaks a budget counts as failed.
 
     Args:
         inner: the strategy that searches the model (``surrogate:NAME`` sets it).
@@ -101,12 +102,15 @@ class Surrogate(Strategy):
         if (earlier & outcomes.scored).any():
             self._earlier.append(outcomes.rows(earlier & outcomes.scored))
             self._model = self._known = self._whole = None
-        failed = outcomes.status == FAILED
-        rows = (failed | outcomes.scored) & ~earlier & (outcomes.fidelity >= 1)
+        rows = ((outcomes.status == FAILED) | outcomes.scored) & (outcomes.fidelity >= 1)
+        values = np.where(outcomes.scored, outcomes.quality, np.nan)
+        if self.domain.objective is None:
+            # Budgets are as unknown as the rest: what breaks one is as bad as what fails.
+            rows |= outcomes.status == SCREENED
+            values = np.where(outcomes.scored & (outcomes.violation <= 0), outcomes.reward, np.nan)
+        rows &= ~earlier
         if rows.any():
-            values = outcomes.reward if self.domain.objective is None else outcomes.quality
-            canonical = self.domain.canonical(outcomes.genomes[rows])
-            self.archive.add(canonical, np.where(failed, np.nan, values)[rows])
+            self.archive.add(self.domain.canonical(outcomes.genomes[rows]), values[rows])
 
     def _tell_plain(self, outcomes: Outcomes) -> None:
         """The plain strategy hears everything; only what it proposed itself is a sample of its own."""
@@ -186,7 +190,7 @@ class Surrogate(Strategy):
 
     def _choose(self, model: QualityModel, n: int, draws: Draws) -> list[Genomes]:
         """The ``n`` most promising genomes that are neither known nor under way."""
-        taken = {*self.archive.rows, *self._taken}
+        taken = {*self.archive.rows, *(genome.tobytes() for genome in self.pending)}
         chosen: list[Genomes] = []
         while len(chosen) < n:
             if not self._queue:
