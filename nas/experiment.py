@@ -216,7 +216,7 @@ def load_experiment(source: str | Path | dict[str, Any], overrides: list[str] | 
     try:
         return Experiment.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, origin) from None
+        raise explain(error, origin) from None
 
 
 def _read(source: str | Path) -> tuple[dict[str, Any], str]:
@@ -256,18 +256,25 @@ def _set(raw: dict[str, Any], override: str) -> None:
     place[leaf] = value
 
 
-def _explain(error: ValidationError, origin: str) -> ExperimentError:
+def explain(
+    error: ValidationError, origin: str, model: type[BaseModel] = Experiment, schema: str = SCHEMA
+) -> ExperimentError:
+    """The first thing that is wrong with a file, with its key.
+
+    Args:
+        model: what the file was checked against; ``schema`` is the page that documents it.
+    """
     first = error.errors()[0]
     # Pydantic adds the member of a union that it tried; "strategy" is none, whatever it begins with.
     tried = re.compile(r"(constrained-)?(float|str|int)|literal\[.*")
     key = ".".join(str(part) for part in first["loc"] if not tried.fullmatch(str(part)))
     if first["type"] == "extra_forbidden":
-        model: Any = Experiment
+        place: Any = model
         for part in first["loc"][:-1]:
-            model = model.model_fields[part].annotation
-        return ExperimentError(f"Unknown key {key!r} in {origin}.", expected=f"one of {', '.join(model.model_fields)}")
+            place = place.model_fields[part].annotation
+        return ExperimentError(f"Unknown key {key!r} in {origin}.", expected=f"one of {', '.join(place.model_fields)}")
     if first["type"] == "missing":
-        return ExperimentError(f"Key {key!r} is missing in {origin}.", remedy=f"see {SCHEMA}")
+        return ExperimentError(f"Key {key!r} is missing in {origin}.", remedy=f"see {schema}")
     return ExperimentError(f"{key or 'The file'} is {first['input']!r} in {origin}.", expected=first["msg"])
 
 

@@ -18,7 +18,8 @@ import pytest
 from helpers import TinySpace, plain
 
 from nas.errors import StudyError
-from nas.study import Study, Trial, cut_torn_tail
+from nas.journal import cut_torn_tail
+from nas.study import Study, Trial
 
 IDENTITY = {"seed": 0, "strategy": {"kind": "random"}, "choices": (1, 2)}
 
