@@ -275,7 +275,8 @@ def explain(
         return ExperimentError(f"Unknown key {key!r} in {origin}.", expected=f"one of {', '.join(place.model_fields)}")
     if first["type"] == "missing":
         return ExperimentError(f"Key {key!r} is missing in {origin}.", remedy=f"see {schema}")
-    return ExperimentError(f"{key or 'The file'} is {first['input']!r} in {origin}.", expected=first["msg"])
+    found = f"{key} is {first['input']!r} in {origin}." if key else f"What {origin} says does not go together."
+    return ExperimentError(found, expected=first["msg"].removeprefix("Value error, "))
 
 
 def _finite(value: Any) -> Any:

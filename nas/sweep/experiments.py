@@ -175,9 +175,9 @@ class _Door:
         if not parameter.values and integers and not parameter.step:
             between = parameter.low + 0.5
             whole = not any(self._valid({**c, parameter.key: between}) for g in self._contexts(parameter) for c in g)
-        if whole and not parameter.values:
-            parameter = replace(parameter, whole=True, low=int(parameter.low), high=int(parameter.high))
-        return replace(parameter, wrapped=parameter.key in self.runner.wrapped)
+        if whole:
+            parameter = replace(parameter, low=int(parameter.low), high=int(parameter.high))
+        return replace(parameter, whole=whole, wrapped=parameter.key in self.runner.wrapped)
 
     def _takes_a_list(self, parameter: Parameter) -> bool:
         """Whether the key refuses the values themselves and takes each in a list, as a space's choices do."""

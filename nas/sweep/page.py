@@ -134,13 +134,15 @@ def _short(value: Any) -> str:
 
 def sweep_table(sweep: Record) -> Table:
     """The best trials for a terminal."""
-    head, rows = table_cells(sweep)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in head:
-        table.add_column(Text(name.replace(" ", "\n")), justify="left" if name == "status" else "right")
-    for i, cells in enumerate(rows[:_SHOWN]):
-        best = i == 0 and sweep["best"] is not None
-        table.add_row(*map(Text, cells), style="bold green" if best else "")
+    for name in ("trial", sweep["metric"], "over budget", "took"):
+        table.add_column(Text(name.replace(" ", "\n")), justify="right", no_wrap=True)
+    table.add_column("values")
+    for i, trial in enumerate(sweep["trials"][:_SHOWN]):
+        index, value, *_, over, took, status = _row(trial, [], [])
+        values = "  ".join(f"{key}={_short(value)}" for key, value in trial["values"].items())
+        cells = (index, value, over, took, values if trial["value"] is not None else f"{status} ({values})")
+        table.add_row(*map(Text, cells), style="bold green" if i == 0 and sweep["best"] is not None else "")
     return table
 
 

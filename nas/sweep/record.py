@@ -313,7 +313,8 @@ def check_sampler(sweep: Sweep, parameters: Sequence[Parameter]) -> None:
             raise ContentError(f"Sampler {sweep.sampler!r} needs a package: {error}", remedy="install it") from error
         except Exception as error:
             raise ExperimentError(
-                f"Sampler {sweep.sampler!r} cannot draw what is varied: {error}", remedy="another sampler"
+                f"Sampler {sweep.sampler!r} cannot draw what is varied: {error}",
+                remedy="another sampler, or other sampler_settings",
             ) from error
 
 

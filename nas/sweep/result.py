@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def _trial(entry: Entry) -> dict[str, Any]:
         "index": entry.index, "status": entry.status, "value": entry.value, "values": entry.values,
         "drawn": entry.drawn, "figures": entry.figures, "violation": entry.violation, "reason": entry.reason,
         "deaths": entry.deaths, "seconds": entry.seconds, "elapsed": entry.elapsed,
-        "folder": f"trials/{entry.index:04d}",
+        "folder": _folder(entry),
     }  # fmt: skip
 
 
@@ -67,6 +68,12 @@ def _best(record: Record, ordered: list[Entry]) -> dict[str, Any] | None:
     best = next((entry for entry in ordered if entry.value is not None), None)
     if best is None:
         return None
-    runner = record.runner
-    command = runner.command(best.values) if isinstance(runner, ExperimentRunner) else ""
+    command = ""
+    if isinstance(record.runner, ExperimentRunner):
+        inline = f"nas search {shlex.quote(str(record.folder / _folder(best) / 'experiment.yaml'))}"
+        command = record.runner.command(best.values) or inline
     return {"index": best.index, "value": best.value, "values": best.values, "command": command}
+
+
+def _folder(entry: Entry) -> str:
+    return f"trials/{entry.index:04d}"

@@ -49,8 +49,9 @@ def run_sweep(sweep: Sweep, folder: Path, *, resume: bool = False, progress: Pro
         NasError: something is wrong with the sweep, before anything runs; or every trial failed.
     """
     record = prepare(sweep, folder)
-    _open_folder(record, resume)
-    return Scheduler(record, progress or Silent()).run()
+    progress = progress or Silent()
+    _open_folder(record, resume, progress)
+    return Scheduler(record, progress).run()
 
 
 def forecast_sweep(sweep: Sweep, folder: Path) -> list[str]:
@@ -92,7 +93,7 @@ def prepare(sweep: Sweep, folder: Path) -> Record:
     return Record(folder, sweep, varied, runner, identity)
 
 
-def _open_folder(record: Record, resume: bool) -> None:
+def _open_folder(record: Record, resume: bool, progress: Progress) -> None:
     kept = record.folder / "sweep.yaml"
     if kept.exists() and not resume:
         raise StudyError(
@@ -102,8 +103,10 @@ def _open_folder(record: Record, resume: bool) -> None:
     if (record.folder / "experiment.yaml").exists():
         raise StudyError(f"{record.folder} holds the run of a search.", remedy="another folder with --out")
     record.folder.mkdir(parents=True, exist_ok=True)
-    with record.open():  # another sweep's record is refused before anything is overwritten
+    with record.open() as ledger:  # another sweep's record is refused before anything is overwritten
         write_atomic(kept, yaml.safe_dump(record.sweep.model_dump(mode="json"), sort_keys=False))
+        if ledger.repaired:
+            progress.note(ledger.repaired)
 
 
 @dataclass
@@ -131,8 +134,6 @@ class Scheduler:
         """Until the budget is spent and no trial runs any more, not even another command's."""
         self.progress.stage(f"sweep {self.record.sweep.name}")
         with self.record.open() as ledger:
-            if ledger.repaired:
-                self.progress.note(ledger.repaired)
             self._before = max((entry.elapsed for entry in ledger.entries()), default=0.0)
         try:
             while self._fill():
@@ -170,9 +171,10 @@ class Scheduler:
 
     def _new(self, ledger: Ledger) -> Entry | None:
         sweep = self.record.sweep
-        if sweep.trials is not None and len(ledger.entries()) >= sweep.trials:
+        begun = len(ledger.entries())
+        if self._exhausted or (sweep.trials is not None and begun >= sweep.trials):
             return None
-        if self._exhausted or (sweep.seconds is not None and self.elapsed >= sweep.seconds):
+        if sweep.seconds is not None and begun and self.elapsed >= sweep.seconds:
             return None
         entry = ledger.ask()
         if entry is None:

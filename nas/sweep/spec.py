@@ -79,8 +79,6 @@ class Sweep(Section):
             raise ValueError("a sweep has an experiment, or a function instead")
         if self.trials is None and self.seconds is None:
             raise ValueError("trials or seconds must bound the sweep")
-        if both := sorted(set(self.set) & set(self.vary)):
-            raise ValueError(f"{both[0]} stands under set and under vary")
         if self.experiment is not None and self.metric not in METRICS:
             raise ValueError(f"metric {self.metric!r} is none of {', '.join(METRICS)}")
         return self
