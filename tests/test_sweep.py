@@ -197,7 +197,7 @@ def test_an_experiment_beside_the_sweep_is_found(place: Path) -> None:
     (place / "deep" / "mine.yaml").write_text(yaml.safe_dump(SMALL))
     sweep = {"experiment": "mine.yaml", "vary": {"seed": [1, 2]}}
     (place / "deep" / "s.yaml").write_text(yaml.safe_dump(sweep))
-    assert load_sweep("deep/s.yaml").experiment == str(place / "deep" / "mine.yaml")
+    assert load_sweep("deep/s.yaml").experiment == "deep/mine.yaml"
     assert load_sweep("deep/s.yaml").name == "s"
 
 

@@ -99,7 +99,7 @@ def slice_of(sweep: Record, parameter: Record) -> Figure:
         order = [html.escape(label) for label in axis.labels]
         figure.update_xaxes(type="category", categoryorder="array", categoryarray=order)
     elif axis.log:
-        figure.update_xaxes(type="log")
+        figure.update_xaxes(type="log", exponentformat="e")
     figure.update_layout(height=300)
     return figure
 

@@ -157,7 +157,7 @@ class Scheduler:
                 entry = self._lost(ledger) or self._new(ledger)
                 if entry is None:
                     break
-                self._running[entry.index] = self._begin(entry)
+                self._begin(entry)
             entries = ledger.entries()
         self._show(entries)
         return any(entry.status == "running" for entry in entries)
@@ -182,14 +182,14 @@ class Scheduler:
             self.progress.note("every combination has been tried")
         return entry
 
-    def _begin(self, entry: Entry) -> _Child:
+    def _begin(self, entry: Entry) -> None:
         claim = contextlib.ExitStack()
         claim.enter_context(file_lock(self._claim(entry), shared=True))
         order = Order(self.record.runner, entry.values, self._folder(entry), self._claim(entry), os.getpid())
         process = multiprocessing.get_context("spawn").Process(target=work, args=(order,), name=f"trial {entry.index}")
+        self._running[entry.index] = _Child(entry, process, claim)  # first: an interrupt may come at any moment
         with _no_interrupts():
             process.start()
-        return _Child(entry, process, claim)
 
     def _wait(self) -> None:
         """Until a process ends; with a worker to spare, not for long, because another command may lose a trial."""
@@ -254,10 +254,12 @@ class Scheduler:
 
     def _stop(self) -> None:
         """Interrupted: the processes end, and their trials stay recorded as running, for a resume to go on with."""
+        started = [child.process for child in self._running.values() if child.process.pid is not None]
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join()
         for child in self._running.values():
-            child.process.terminate()
-        for child in self._running.values():
-            child.process.join()
             child.claim.close()
 
     def _show(self, entries: list[Entry]) -> None:

@@ -226,8 +226,9 @@ def _read(source: str | Path) -> tuple[dict[str, Any], str]:
     if not isinstance(raw, dict):
         raise ExperimentError(f"{path} holds {type(raw).__name__}.", expected="a mapping of keys")
     raw.setdefault("name", path.stem)
-    if isinstance(beside := raw.get("experiment"), str) and (path.parent / beside).is_file():
-        raw["experiment"] = str(path.parent / beside)
+    if isinstance(name := raw.get("experiment"), str) and (beside := path.parent / name).is_file():
+        here = Path.cwd()
+        raw["experiment"] = str(beside.relative_to(here) if beside.is_relative_to(here) else beside)
     return raw, str(path)
 
 
