@@ -247,7 +247,7 @@ def test_a_wrong_experiment_is_named() -> None:
 
 
 def test_ranges_are_as_whole_as_the_key() -> None:
-    _, found = bound(
+    runner, found = bound(
         {
             "training.epochs": {"low": 1, "high": 4}, "training.weight_decay": {"low": 0, "high": 1},
             "strategy.population": {"low": 2, "high": 8}, "space.kd_weights": {"low": 0, "high": 1},
@@ -257,7 +257,7 @@ def test_ranges_are_as_whole_as_the_key() -> None:
     whole = {key for key, p in found.items() if p.whole}
     assert whole == {"training.epochs", "strategy.population"}
     assert found["space.kd_weights"].wrapped
-    assert found["space.kd_weights"].value(0.25) == [0.25]
+    assert runner.settle({"space.kd_weights": 0.25}) == {"space.kd_weights": [0.25]}
     assert found["training.epochs"].value(3) == 3
 
 
@@ -284,12 +284,30 @@ def test_a_section_may_be_varied_whole() -> None:
     assert runner.experiment({"strategy": found["strategy"].value(label)}).strategy.kind == "random"
 
 
-def test_distillation_settings_can_be_varied() -> None:
-    vary = {"space.kd_weights": {"low": 0.1, "high": 0.9}, "space.temperatures": [1.0, 8.0]}
-    runner, found = bound(vary)
-    values = {"space.kd_weights": found["space.kd_weights"].value(0.3), "space.temperatures": [8.0]}
-    assert runner.experiment(values).space.settings["kd_weights"] == [0.3]
-    assert found["space.temperatures"].value("8.0") == 8.0 or found["space.temperatures"].wrapped
+VARIED: list[dict[str, Any]] = [
+    {"space.kd_weights": {"low": 0.1, "high": 0.9}, "space.temperatures": [1.0, 8.0], "training.epochs": [1, 2]},
+    {"space.bits": [[32], [32, 8]], "baselines": ["uniform", "random"], "budget.latency": ["50%", 1.5, None]},
+    {"strategy.kind": ["random", "evolution"], "strategy.population": {"low": 2, "high": 9}, "seed": [1, 2]},
+    {"reward": [{"kind": "mnasnet_hard"}, {"kind": "tunas_absolute", "beta": -0.1}], "table.noise": [1e-5, 0.01]},
+]
+
+
+@pytest.mark.parametrize("vary", VARIED, ids=[next(iter(vary)) for vary in VARIED])
+def test_what_is_drawn_is_what_the_experiment_takes(tmp_path: Path, vary: dict[str, Any]) -> None:
+    record = prepare(experiment_sweep(vary), tmp_path)
+    assert isinstance(record.runner, ExperimentRunner)
+    for _ in range(6):
+        with record.open() as ledger:
+            entry = ledger.ask()
+        if entry is None:
+            break
+        experiment = record.runner.experiment(entry.values)
+        for key, value in entry.values.items():
+            assert key in vary
+            section, _, leaf = key.partition(".")
+            if section == "space":
+                assert experiment.space.settings[leaf] == value
+                assert isinstance(value, list)
 
 
 def test_the_best_command_is_the_trial(place: Path) -> None:

@@ -44,6 +44,7 @@ class ExperimentRunner:
         fixed: ``key=value`` overrides of every trial.
         name: of the sweep.
         workers: trials at a time, which share the cores.
+        wrapped: keys that take a list of choices; each value is put into one of its own.
     """
 
     source: str | dict[str, Any]
@@ -66,7 +67,7 @@ class ExperimentRunner:
         return found
 
     def settle(self, values: Values) -> Values:
-        """Without the keys that the chosen plug-ins do not have."""
+        """Lists around what goes into one, and without the keys that the chosen plug-ins do not have."""
         return {
             key: [value] if key in self.wrapped else value
             for key, value in values.items()

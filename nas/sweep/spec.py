@@ -94,7 +94,7 @@ class Parameter:
     """One varied key: a list of values, or a range.
 
     Attributes:
-        wrapped: the key takes a list of choices, and each value is put into a list of its own.
+        wrapped: the key takes a list of choices, and the runner puts each value into a list of its own.
     """
 
     key: str
@@ -131,9 +131,8 @@ class Parameter:
         return round(value) if self.whole else float(value)
 
     def value(self, recorded: Any) -> Any:
-        """What the experiment gets for a label or number of the record."""
-        found = self.values[self.labels.index(recorded)] if self.values else self.number(recorded)
-        return [found] if self.wrapped else found
+        """What a label or number of the record stands for."""
+        return self.values[self.labels.index(recorded)] if self.values else self.number(recorded)
 
     def draw(self, rng: np.random.Generator) -> Any:
         """A label or number at random."""
