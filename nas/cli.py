@@ -1,4 +1,4 @@
-"""The command line: search, profile, front, report, list. The only place that prints and exits."""
+"""The command line: search, sweep, profile, front, report, list. The only place that prints and exits."""
 
 from __future__ import annotations
 
@@ -86,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--dry-run", action="store_true", help="say what would be done, and how long it would take")
     search.set_defaults(function=_search)
 
+    sweep = commands.add_parser("sweep", parents=[common], help="run an experiment many times with some keys varied")
+    sweep.add_argument("sweep", help="file or bundled name (see `nas list sweeps`)")
+    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the sweep")
+    sweep.add_argument("--out", type=Path, help="sweep folder (default: runs/NAME)")
+    sweep.add_argument("--resume", action="store_true", help="go on with a sweep, or join one that is running")
+    sweep.add_argument("--dry-run", action="store_true", help="check everything, and say what would be done")
+    sweep.set_defaults(function=_sweep)
+
     profile = commands.add_parser("profile", parents=[common], help="build a latency table for this device")
     profile.add_argument("experiment", help="experiment whose space and device are profiled")
     profile.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -111,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     front.set_defaults(function=_front)
 
     report = commands.add_parser("report", parents=[common], help="write a run's report.html again and print its table")
-    report.add_argument("run", type=Path, help="run folder")
+    report.add_argument("run", type=Path, help="run or sweep folder")
     report.set_defaults(function=_report)
 
     listing = commands.add_parser("list", parents=[common], help="what is there: spaces, strategies, runs, …")
@@ -148,6 +156,33 @@ def _dry_run(experiment: Any) -> int:
     return 0
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    from nas.sweep.schedule import forecast_sweep, run_sweep
+    from nas.sweep.spec import load_sweep
+
+    sweep = load_sweep(options.sweep, options.set)
+    folder = options.out or Path("runs") / sweep.name
+    if options.dry_run:
+        for line in forecast_sweep(sweep, folder):
+            console.print(escape(line), soft_wrap=True)
+        return 0
+    bar = Bar()
+    with bar.progress:
+        run_sweep(sweep, folder, resume=options.resume, progress=bar)
+    _print_sweep(folder)
+    return 0
+
+
+def _print_sweep(folder: Path) -> None:
+    from nas.sweep.page import headline, sweep_table
+    from nas.sweep.result import read_result
+
+    result = read_result(folder)
+    console.print(sweep_table(result))
+    for line in [*headline(result), f"report: {folder / 'report.html'}"]:
+        console.print(line, markup=False, soft_wrap=True)
+
+
 def _profile(options: argparse.Namespace) -> int:
     from nas.experiment import load_experiment
     from nas.job import build_only
@@ -181,6 +216,12 @@ def _front(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    if (options.run / "sweep.yaml").exists():
+        from nas.sweep.page import write_report as write_sweep_report
+
+        write_sweep_report(options.run)
+        _print_sweep(options.run)
+        return 0
     from nas.report import write_report
 
     write_report(options.run)
@@ -204,7 +245,8 @@ def _print_result(run: Path) -> None:
 
 def _kinds() -> tuple[str, ...]:
     return (
-        "spaces", "experiments", "tables", "tasks", "strategies", "rewards", "passes", "evaluators", "runtimes", "runs",
+        "spaces", "experiments", "sweeps", "tables", "tasks", "strategies", "rewards", "passes", "evaluators",
+        "runtimes", "runs",
     )  # fmt: skip
 
 
@@ -223,13 +265,15 @@ def _names(kind: str) -> list[str]:
     from nas import content
     from nas.locks import cache_dir
 
-    if kind in ("spaces", "experiments"):
-        return list(content.available("search_spaces" if kind == "spaces" else kind))
+    bundled = {"spaces": "search_spaces", "experiments": "experiments", "sweeps": "experiments/sweeps"}
+    if kind in bundled:
+        return list(content.available(bundled[kind]))
     if kind == "tables":
         cached = sorted((cache_dir() / "tables").glob("*.json"))
         return [*content.available("latency_tables"), *map(str, cached)]
     if kind == "runs":
-        return [str(path.parent) for path in sorted(Path("runs").glob("*/experiment.yaml"))]
+        begun = (path for name in ("experiment.yaml", "sweep.yaml") for path in Path("runs").glob(f"*/{name}"))
+        return sorted({str(path.parent) for path in begun})
     return list(_registries()[kind])
 
 

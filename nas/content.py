@@ -21,11 +21,12 @@ from nas.registry import import_object
 from nas.settings import construct
 from nas.space import SearchSpace, TaskInfo
 
-# Kind → what one item is called, and the endings of its files, the first preferred.
+# Kind, which is its folder → what one item is called, and the endings of its files, the first preferred.
 KINDS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "search_spaces": ("search space", (".py",)),
     "latency_tables": ("latency table", (".json", ".json.gz", ".csv", ".csv.gz")),
     "experiments": ("experiment", (".yaml", ".yml")),
+    "experiments/sweeps": ("sweep", (".yaml", ".yml")),
 }
 PACKAGE = "nas_content"
 _HERE = Path(__file__).resolve().parent
@@ -59,7 +60,7 @@ def find(kind: str, name: str | Path) -> Path:
     directory cannot take its place; anything with a folder or an ending is a path.
 
     Args:
-        kind: "search_spaces", "latency_tables" or "experiments".
+        kind: "search_spaces", "latency_tables", "experiments" or "experiments/sweeps".
         name: name or path, ``~`` allowed; relative paths start at the working directory.
 
     Raises:

@@ -322,7 +322,7 @@ def _validated(schema: type[S], raw: dict[str, Any], origin: str) -> S:
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, origin, schema) from None
+        raise explain(error, origin, schema) from None
 
 
 def _read(source: str | Path) -> tuple[dict[str, Any], str]:
@@ -362,19 +362,27 @@ def _set(raw: dict[str, Any], override: str) -> None:
     place[leaf] = value
 
 
-def _explain(error: ValidationError, origin: str, schema: type[Section]) -> ExperimentError:
+def explain(
+    error: ValidationError, origin: str, model: type[BaseModel] = Experiment, schema: str = SCHEMA
+) -> ExperimentError:
+    """The first thing that is wrong with a file, with its key.
+
+    Args:
+        model: what the file was checked against; ``schema`` is the page that documents it.
+    """
     first = error.errors()[0]
     # Pydantic adds the member of a union that it tried; "strategy" is none, whatever it begins with.
     tried = re.compile(r"(constrained-)?(bool|float|str|int)|literal\[.*")
     key = ".".join(str(part) for part in first["loc"] if not tried.fullmatch(str(part)))
     if first["type"] == "extra_forbidden":
-        model: Any = schema
+        place: Any = model
         for part in first["loc"][:-1]:
-            model = model.model_fields[part].annotation
-        return ExperimentError(f"Unknown key {key!r} in {origin}.", expected=f"one of {', '.join(model.model_fields)}")
+            place = place.model_fields[part].annotation
+        return ExperimentError(f"Unknown key {key!r} in {origin}.", expected=f"one of {', '.join(place.model_fields)}")
     if first["type"] == "missing":
-        return ExperimentError(f"Key {key!r} is missing in {origin}.", remedy=f"see {SCHEMA}")
-    return ExperimentError(f"{key or 'The file'} is {first['input']!r} in {origin}.", expected=first["msg"])
+        return ExperimentError(f"Key {key!r} is missing in {origin}.", remedy=f"see {schema}")
+    found = f"{key} is {first['input']!r} in {origin}." if key else f"What {origin} says does not go together."
+    return ExperimentError(found, expected=first["msg"].removeprefix("Value error, "))
 
 
 def _finite(value: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from nas.earlier import earlier_trials
 from nas.errors import BudgetError, ExperimentError, StudyError, TableError
 from nas.evaluators import Distil
 from nas.evaluators.train import Lessons, Recipe
-from nas.executors import Executor, Processes, Serial
+from nas.executors import Executor, Processes, Serial, cores
 from nas.experiment import Experiment, LookupExperiment
 from nas.files import digest, write_atomic, write_json
 from nas.latency import AdditiveEstimator, CostEstimator, Device, LatencyTable, SeveralDevices, on_device
@@ -37,7 +36,7 @@ from nas.latency.estimator import LATENCIES
 from nas.latency.fit import FitError
 from nas.latency.measure import Timing
 from nas.latency.profile import describe
-from nas.locks import cache_dir, run_lock
+from nas.locks import cache_dir, cache_lock, run_lock
 from nas.progress import Progress, Silent
 from nas.reward import Limit, Reward, rewards, violation
 from nas.settings import construct
@@ -130,8 +129,7 @@ class Job:
     def workers(self) -> int:
         """Worker processes on this machine."""
         asked = self.experiment.search.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(cores, self.experiment.search.batch) if asked == "auto" else asked
+        return min(cores(), self.experiment.search.batch) if asked == "auto" else asked
 
     @contextmanager
     def executor(self, shared: Any) -> Iterator[Executor]:
@@ -151,14 +149,20 @@ class Job:
             table = LatencyTable.load(kept)
         else:
             found = find_table(section.path, self.space, self.device, self.warn)
-            if found is None:
-                self.progress.note(f"no table for this device yet: measuring {len(self.space.keys())} parts")
-                found = self.build(executor)
-                found.save(cached_path(self.space, self.device))
-            table = found
+            table = found if found is not None else self._built_table(executor)
             table.save(kept)
         self.progress.note(f"table {describe(table)}")
         return table
+
+    def _built_table(self, executor: Executor) -> LatencyTable:
+        path = cached_path(self.space, self.device)
+        with cache_lock(path):
+            found = find_table("auto", self.space, self.device, lambda _: None)  # another run's, finished meanwhile
+            if found is None:
+                self.progress.note(f"no table for this device yet: measuring {len(self.space.keys())} parts")
+                found = self.build(executor)
+                found.save(path)
+        return found
 
     def build(self, executor: Executor) -> LatencyTable:
         """A new table, measured now."""
@@ -212,9 +216,11 @@ class Job:
             recipe = Recipe(
                 section.epochs, 0, self.recipe.batch_size, self.recipe.lr, self.recipe.weight_decay, math.inf
             )
-            teacher = family_teacher(
-                self.space, self.task, self.untaught, recipe, section.tolerance, self._teacher_cache(), executor
-            )
+            folder = self._teacher_cache()
+            with cache_lock(folder):
+                teacher = family_teacher(
+                    self.space, self.task, self.untaught, recipe, section.tolerance, folder, executor
+                )
         write_atomic(self.run / "teacher.onnx", teacher.onnx.read_bytes())
         self.progress.note(
             f"teacher {self.task.metric} {teacher.quality:.4f} (validation), ladder "
@@ -237,10 +243,12 @@ class Job:
         kept = self.run / "teacher_latency.json"
         cached = teacher.onnx.with_name(f"latency-{self.device.fingerprint}.json")
         if not kept.exists():
-            if not cached.exists():
-                self.progress.stage("timing the teacher")
-                timing = measure_models({"teacher": teacher.onnx}, self.device, TEACHER_SECONDS, self.progress.update)
-                write_json(cached, timing["teacher"].__dict__)
+            with cache_lock(cached):
+                if not cached.exists():
+                    self.progress.stage("timing the teacher")
+                    models = {"teacher": teacher.onnx}
+                    timing = measure_models(models, self.device, TEACHER_SECONDS, self.progress.update)
+                    write_json(cached, timing["teacher"].__dict__)
             write_atomic(kept, cached.read_bytes())
 
     @property

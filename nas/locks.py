@@ -1,4 +1,4 @@
-"""Locks that die with their process: one run per folder, and training never beside timing on a machine."""
+"""Locks that die with their process: one run per folder, one builder of what is cached, no training beside timing."""
 
 from __future__ import annotations
 
@@ -54,11 +54,29 @@ def run_lock(run: Path) -> Iterator[None]:
         ) from None
 
 
-def training_lock() -> contextlib.AbstractContextManager[IO[str]]:
+def cache_lock(path: Path) -> contextlib.AbstractContextManager[IO[str]]:
+    """Held while ``path`` in the cache is built: another run that wants it waits, and then finds it."""
+    return file_lock(path.with_name(f".{path.name}.lock"))
+
+
+@contextlib.contextmanager
+def training_lock() -> Iterator[None]:
     """Held while training; many may train at once, none while something is being timed."""
-    return file_lock(cache_dir() / "machine.lock", shared=True)
+    with contextlib.ExitStack() as held:
+        with _turnstile():
+            held.enter_context(file_lock(cache_dir() / "machine.lock", shared=True))
+        yield
 
 
-def timing_lock() -> contextlib.AbstractContextManager[IO[str]]:
+@contextlib.contextmanager
+def timing_lock() -> Iterator[None]:
     """Held while timing: alone on the machine, as far as this framework can say."""
-    return file_lock(cache_dir() / "machine.lock")
+    with contextlib.ExitStack() as held:
+        with _turnstile():
+            held.enter_context(file_lock(cache_dir() / "machine.lock"))
+        yield
+
+
+def _turnstile() -> contextlib.AbstractContextManager[IO[str]]:
+    """Whoever waits for the machine waits in here: trainings that overlap for ever would never let a timing begin."""
+    return file_lock(cache_dir() / "machine.queue.lock")

@@ -24,8 +24,18 @@ def construct(plugin: Callable[..., T], settings: Mapping[str, Any], *args: Any,
     Raises:
         ExperimentError: a setting is unknown, missing, or of the wrong type.
     """
+    return plugin(*args, **check(plugin, settings, len(args), where=where))
+
+
+def keys_of(plugin: Callable[..., Any], filled: int) -> list[str]:
+    """The keys that a plug-in takes from an experiment file; the engine gives the first ``filled`` arguments."""
+    return list(inspect.signature(plugin).parameters)[filled:]
+
+
+def check(plugin: Callable[..., Any], settings: Mapping[str, Any], filled: int, *, where: str) -> dict[str, Any]:
+    """The settings as ``plugin`` wants them, without calling it. Raises as :func:`construct` does."""
     signature = inspect.signature(plugin)
-    names = list(signature.parameters)[len(args) :]
+    names = keys_of(plugin, filled)
     unknown = sorted(set(settings) - set(names))
     if unknown:
         raise ExperimentError(
@@ -38,8 +48,7 @@ def construct(plugin: Callable[..., T], settings: Mapping[str, Any], *args: Any,
     if missing:
         raise ExperimentError(f"Key {where}.{missing[0]} is missing.", expected=f"a value for {', '.join(missing)}")
     hints = _hints(plugin)
-    checked = {name: _check(f"{where}.{name}", value, hints.get(name, Any)) for name, value in settings.items()}
-    return plugin(*args, **checked)
+    return {name: _check(f"{where}.{name}", value, hints.get(name, Any)) for name, value in settings.items()}
 
 
 def _hints(plugin: Callable[..., Any]) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +13,11 @@ import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
 from nas.errors import StudyError
-from nas.locks import file_lock
+from nas.journal import open_journal, open_study, whole_lines
 from nas.space import SearchSpace
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @dataclass(frozen=True)
@@ -62,24 +57,6 @@ def trainings(trials: Iterable[Trial]) -> float:
     return math.fsum(trial.fidelity for trial in trials)
 
 
-class _ProcessLock:
-    """A lock of the operating system, which a killed process cannot leave behind as Optuna's lock files can."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._held: Any = None
-
-    def acquire(self) -> bool:
-        self._held = file_lock(self.path)
-        self._held.__enter__()
-        return True
-
-    def release(self) -> None:
-        held, self._held = self._held, None
-        if held is not None:
-            held.__exit__(None, None, None)
-
-
 class Study:
     """Trials of one arm of a search (``search``, ``random``, …) in a journal file or any Optuna storage.
 
@@ -98,42 +75,8 @@ class Study:
 
     def __init__(self, storage: str | Path, name: str, space: SearchSpace, identity: dict[str, Any]) -> None:
         self.space = space
-        self.repaired = ""
-        try:
-            self._study = optuna.create_study(
-                storage=self._open(storage), study_name=name, direction="maximize", load_if_exists=True
-            )
-        except StudyError:
-            raise
-        except Exception as error:
-            raise StudyError(
-                f"The study {name!r} in {storage} cannot be opened: {error}.",
-                remedy="move the file away, or choose another --out",
-            ) from error
-        self._check_identity(identity, storage)
+        self._study, self.repaired = open_study(storage, name, "maximize", identity)
         self._distributions = {c.name: CategoricalDistribution(c.values) for c in space.choices}
-
-    def _open(self, storage: str | Path) -> Any:
-        if isinstance(storage, str) and "://" in storage:
-            return storage
-        path = Path(storage)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cut = cut_torn_tail(path)
-        if cut:
-            self.repaired = f"{path.name}: a last line torn by a crash ({cut} bytes) was cut off"
-        return _journal(path)
-
-    def _check_identity(self, identity: dict[str, Any], storage: str | Path) -> None:
-        plain = json.loads(json.dumps(identity))
-        known = self._study.user_attrs.get("identity")
-        if known is None:
-            self._study.set_user_attr("identity", plain)
-        elif known != plain:
-            changed = sorted(k for k in {*known, *plain} if known.get(k) != plain.get(k))
-            raise StudyError(
-                f"The study in {storage} belongs to another experiment: {', '.join(changed)} changed.",
-                remedy="undo the change, or start afresh with another --out",
-            )
 
     def add(self, trial: Trial) -> None:
         """Record one finished trial; it is on disk when this returns.
@@ -240,15 +183,8 @@ def _copied(journal: Path, folder: Path) -> JournalStorage:
     """A journal's whole lines: its last one may be torn, or be written this very moment."""
     data = journal.read_bytes()
     copy = folder / journal.name
-    copy.write_bytes(data[: _whole_lines(data)])
-    return _journal(copy)
-
-
-def _journal(path: Path) -> JournalStorage:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        lock: Any = _ProcessLock(path.with_name(f".{path.name}.lock"))
-        return JournalStorage(JournalFileBackend(str(path), lock))
+    copy.write_bytes(data[: whole_lines(data)])
+    return open_journal(copy)[0]
 
 
 def _check_choices(found: dict[str, Any], space: SearchSpace, storage: str | Path) -> None:
@@ -260,39 +196,3 @@ def _check_choices(found: dict[str, Any], space: SearchSpace, storage: str | Pat
             expected="the same choices with the same values",
             remedy="leave that run out of search.earlier",
         )
-
-
-def cut_torn_tail(journal: Path) -> int:
-    """Cut what follows the last whole line of a journal; returns how many bytes went.
-
-    A process killed while it writes leaves half a line. Optuna fails on it at the next open and, once more lines
-    follow it, for ever.
-    """
-    if not journal.exists():
-        return 0
-    data = journal.read_bytes()
-    end = _whole_lines(data)
-    if end < len(data):
-        with journal.open("r+b") as file:
-            file.truncate(end)
-    return len(data) - end
-
-
-def _whole_lines(data: bytes) -> int:
-    """Where the last whole line of a journal ends."""
-    end = len(data)
-    while end:
-        start = data.rfind(b"\n", 0, end - 1) + 1
-        line = data[start:end]
-        if line.endswith(b"\n") and _is_json(line):
-            break
-        end = start
-    return end
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True

@@ -35,6 +35,8 @@ from nas.reward import rewards
 from nas.settings import construct
 from nas.space import TaskInfo
 from nas.strategies import Domain, strategies
+from nas.sweep.schedule import prepare
+from nas.sweep.spec import Range, Sweep, load_sweep
 from nas.tasks import tasks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,14 +89,16 @@ def test_shell_blocks_use_commands_that_exist(page: Path) -> None:
 
 @every_page
 def test_nas_commands_parse_and_their_overrides_are_valid(page: Path) -> None:
-    inline = re.findall(r"`(nas (?:search|profile|front|report|list)\b[^`…]*)`", page.read_text())
-    known = [
-        shlex.split(line) for line in inline if line not in ("nas search", "nas profile", "nas front", "nas report")
-    ]
+    inline = re.findall(r"`(nas (?:search|sweep|profile|front|report|list)\b[^`…]*)`", page.read_text())
+    bare = ("nas search", "nas sweep", "nas profile", "nas front", "nas report")
+    known = [shlex.split(line) for line in inline if line not in bare]
     for program, *arguments in [*commands(page), *known]:
         if program == "nas":
             options = _parser().parse_args(arguments)
-            if hasattr(options, "set"):
+            if hasattr(options, "sweep"):
+                path = ROOT / options.sweep if "/" in options.sweep else options.sweep
+                prepare(load_sweep(path, options.set), Path("nowhere"))
+            elif hasattr(options, "set"):
                 experiment = ROOT / options.experiment if "/" in options.experiment else options.experiment
                 check_plugins(load_any(experiment, options.set))
 
@@ -103,7 +107,11 @@ def test_nas_commands_parse_and_their_overrides_are_valid(page: Path) -> None:
 def test_overrides_in_tables_are_valid(page: Path) -> None:
     for line in re.findall(r"`(--set [^`]*)`", page.read_text()):
         _, override = shlex.split(line)
-        if override != "key=value":
+        if override == "key=value":
+            continue
+        if page.name == "sweep.md":
+            load_sweep("digits", [override])
+        else:
             check_plugins(load_any("digits", [override]))
 
 
@@ -111,8 +119,12 @@ def test_overrides_in_tables_are_valid(page: Path) -> None:
 def test_yaml_blocks_are_valid_sections(page: Path) -> None:
     whole = yaml.safe_load((ROOT / "experiments" / "digits.yaml").read_text())
     for block in blocks(page, "yaml"):
-        keys = yaml.safe_load(block)
-        load_any(keys if {"name", "space"} <= keys.keys() else {**whole, **keys})
+        content = yaml.safe_load(block)
+        if "vary" in content:
+            sweep = load_sweep({"name": "block", **content})
+            assert sweep.function or prepare(sweep, Path("nowhere"))
+        else:
+            load_any(content if {"name", "space"} <= content.keys() else {**whole, **content})
 
 
 @every_page
@@ -145,7 +157,7 @@ def test_links_resolve(page: Path) -> None:
 
 @every_page
 def test_files_named_in_the_text_exist(page: Path) -> None:
-    not_built = {"nas/derive/", "nas/supernet/", "nas/sweep.py", "nas/_content/"}
+    not_built = {"nas/derive/", "nas/supernet/", "nas/_content/"}
     named = set(re.findall(r"`((?:nas|search_spaces|tests|experiments)/[\w./]*)`", page.read_text()))
     assert not [name for name in named - not_built if not (ROOT / name).exists()]
 
@@ -206,9 +218,9 @@ def test_the_changelog_has_the_version() -> None:
 # ---- docs/experiment.md -------------------------------------------------------------------------------
 
 
-def documented(after: str = "") -> dict[str, list[str]]:
-    """Key → default cells of docs/experiment.md, of the tables below the line that starts with ``after``."""
-    text = (ROOT / "docs" / "experiment.md").read_text()
+def documented(after: str = "", name: str = "experiment.md") -> dict[str, list[str]]:
+    """Key → default cells of a page, of the tables below the line that starts with ``after``."""
+    text = (ROOT / "docs" / name).read_text()
     if after:
         text = re.split(r"^(?:Keys of |## )", text[text.index(after) + len(after) :], maxsplit=1, flags=re.MULTILINE)[0]
     found: dict[str, list[str]] = {}
@@ -273,12 +285,34 @@ def test_open_sections_are_those_that_the_page_calls_open() -> None:
     assert found == {"task", "space", "strategy", "reward"}
 
 
+# ---- docs/sweep.md --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [Sweep, Range], ids=lambda model: model.__name__)
+def test_every_key_of_a_sweep_is_documented_with_its_default(model: Any) -> None:
+    rows = documented(name="sweep.md")
+    assert set(rows) == {*Sweep.model_fields, *Range.model_fields}
+    for key, field in model.model_fields.items():
+        if key != "name":
+            assert same(rows[key][0], field.get_default(call_default_factory=True)), key
+
+
+def test_every_field_of_a_sweeps_result_is_documented() -> None:
+    page = (ROOT / "docs" / "sweep.md").read_text().partition("| field of `sweep.json`")[2].partition("##")[0]
+    named = set(re.findall(r"`(\w+)`", page))
+    for function in ("write_result", "_trial", "_best"):
+        assert written_keys(function, "sweep/result.py") - named == set()
+    assert written_keys("plain", "sweep/spec.py", "Parameter") - named == set()
+
+
 # ---- docs/run-folder.md and latency_tables/README.md ---------------------------------------------------
 
 
-def written_keys(function: str) -> set[str]:
-    """The keys of all dictionaries that a function of nas/result.py writes out."""
-    tree = ast.parse((ROOT / "nas" / "result.py").read_text())
+def written_keys(function: str, module: str = "result.py", owner: str = "") -> set[str]:
+    """The keys of all dictionaries that a function of a module, or a method of its class, writes out."""
+    tree: Any = ast.parse((ROOT / "nas" / module).read_text())
+    if owner:
+        tree = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == owner)
     body = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
     dicts = [node for node in ast.walk(body) if isinstance(node, ast.Dict)]
     return {key.value for d in dicts for key in d.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}

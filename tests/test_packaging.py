@@ -82,8 +82,8 @@ def test_the_wheel_is_one_package_with_its_content(tmp_path: Path):
     assert f"-{nas.__version__}-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"nas", wheel.name.split("-")[0]}
-    for kind in ("search_spaces", "latency_tables", "experiments"):
-        shipped = {Path(name).name for name in names if name.startswith(f"nas/_content/{kind}/")}
+    for kind in ("search_spaces", "latency_tables", "experiments", "experiments/sweeps"):
+        shipped = {Path(name).name for name in names if str(Path(name).parent) == f"nas/_content/{kind}"}
         tracked = {path.name for path in (REPO / kind).iterdir() if path.is_file()}
         assert shipped == tracked, kind
     assert any(name.endswith("licenses/LICENSE") for name in names)

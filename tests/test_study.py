@@ -18,8 +18,9 @@ import pytest
 from helpers import TinySpace, plain
 
 from nas.errors import StudyError
+from nas.journal import cut_torn_tail
 from nas.space import Choice
-from nas.study import Study, Trial, cut_torn_tail, read_earlier, trainings
+from nas.study import Study, Trial, read_earlier, trainings
 
 IDENTITY = {"seed": 0, "strategy": {"kind": "random"}, "choices": (1, 2)}
 

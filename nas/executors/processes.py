@@ -87,13 +87,18 @@ def _initialise(shared: Any, parent: int) -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    _die_with(parent)
+    die_with(parent)
     torch.set_num_threads(1)
     _shared = shared
 
 
-def _die_with(parent: int) -> None:
-    """End this worker soon after its parent is gone, kill -9 included: an orphan would disturb every timing."""
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def die_with(parent: int) -> None:
+    """End this process soon after its parent is gone, kill -9 included: an orphan would disturb every timing."""
     import threading
     import time
 
