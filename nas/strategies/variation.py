@@ -15,6 +15,7 @@ def mutate(parents: Genomes, draws: Draws, domain: Domain) -> Genomes:
     """Children ``[n, choices]`` that differ from their parents in exactly one gene, one that is not dormant.
 
     An ordered choice moves to a neighbouring value half of the time; any other value is as likely as the next.
+    Where every choice has one value, the children are their parents.
     """
     n, sizes = len(parents), domain.cardinalities
     movable = np.broadcast_to(sizes > 1, parents.shape)
@@ -29,7 +30,8 @@ def mutate(parents: Genomes, draws: Draws, domain: Domain) -> Genomes:
     step = np.where(near < 0.5, -1, 1)
     step = np.where(value == 0, 1, np.where(value == size - 1, -1, step))
     children = parents.copy()
-    children[rows, gene] = np.where(domain.ordered[gene] & (how < NEIGHBOUR), value + step, anywhere)
+    nearby = domain.ordered[gene] & (size > 1) & (how < NEIGHBOUR)
+    children[rows, gene] = np.where(nearby, value + step, anywhere)
     return children
 
 
