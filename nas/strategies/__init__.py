@@ -3,10 +3,12 @@
 from nas.strategies.base import Domain, Objective, Outcomes, Proposals, Strategy, strategies
 from nas.strategies.draws import Draws
 from nas.strategies.evolution import AgingEvolution
+from nas.strategies.local_search import LocalSearch
+from nas.strategies.nsga2 import NSGA2
 from nas.strategies.random_search import RandomSearch
 from nas.strategies.reinforce import Reinforce
 
 __all__ = [
-    "AgingEvolution", "Domain", "Draws", "Objective", "Outcomes", "Proposals", "RandomSearch", "Reinforce", "Strategy",
-    "strategies",
+    "NSGA2", "AgingEvolution", "Domain", "Draws", "LocalSearch", "Objective", "Outcomes", "Proposals", "RandomSearch",
+    "Reinforce", "Strategy", "strategies",
 ]  # fmt: skip
