@@ -79,9 +79,7 @@ def test_random_until_the_population_is_full() -> None:
 
 
 def test_dormant_genes_are_not_mutated() -> None:
-    domain = Domain(
-        np.array([5, 5, 5]), np.zeros(3, dtype=bool), lambda g: np.array([[True, False, True]] * len(np.atleast_2d(g)))
-    )
+    domain = Domain(np.array([5, 5, 5]), np.zeros(3, dtype=bool), lambda g: np.tile([True, False, True], (len(g), 1)))
     strategy = AgingEvolution(domain, 0, population=1, sample=1)
     strategy.tell(outcomes(np.array([[2, 2, 2]]), 1.0))
     born = children(strategy, 100)
@@ -198,7 +196,7 @@ def test_the_population_is_the_best_of_everything_told() -> None:
 
 
 def test_duplicates_are_one_member() -> None:
-    domain = Domain(np.array([9, 9]), np.zeros(2, dtype=bool), lambda g: np.array([[True, False]] * len(g)))
+    domain = Domain(np.array([9, 9]), np.zeros(2, dtype=bool), lambda g: np.tile([True, False], (len(g), 1)))
     strategy = NSGA2(domain, 0, population=3)
     strategy.tell(outcomes(np.array([[1, 0], [1, 5], [2, 0], [1, 0]]), [1.0, 1.0, 2.0, 1.0]))
     strategy.tell(outcomes(np.array([[2, 7], [3, 0], [4, 0]]), [2.0, 0.5, 3.0], DUPLICATE))
@@ -341,7 +339,7 @@ def test_late_outcomes_of_the_last_climb_do_not_begin_the_next() -> None:
 
 
 def test_dormant_genes_are_no_neighbours() -> None:
-    domain = Domain(np.array([5, 5, 5]), np.zeros(3, dtype=bool), lambda g: np.array([[True, False, True]] * len(g)))
+    domain = Domain(np.array([5, 5, 5]), np.zeros(3, dtype=bool), lambda g: np.tile([True, False, True], (len(g), 1)))
     strategy = LocalSearch(domain, 0, starts=1)
     strategy.tell(outcomes(np.array([[2, 2, 2]]), 1.0, source=EARLIER))
     asked = strategy.ask(8).genomes

@@ -56,14 +56,14 @@ class LocalSearch(Strategy):
         self._begin()
 
     def propose(self, draws: Draws) -> Genomes:
-        genomes = affordable(self._starts, draws, self.domain)
-        taken = {row.tobytes() for row in self.pending} if len(self._left) else set()
-        free = [row for key, row in self._left.items() if key not in taken]
         # A proposal that is drawn again repeated something under way: no neighbour is free for it.
-        if free and draws.attempt == 0:
-            order = draws.generator().permutation(len(free))[: len(draws)]
-            genomes[: len(order)] = np.array(free)[order]
-        return genomes
+        free = self._free() if draws.attempt == 0 else []
+        order = draws.generator().permutation(len(free))[: len(draws)] if free else np.arange(0)
+        climbing = np.array([free[i] for i in order], dtype=np.int64).reshape(
+            len(order), len(self.domain.cardinalities)
+        )
+        rest = draws.rows(np.arange(len(order), len(draws)))
+        return np.concatenate([climbing, affordable(self._starts, rest, self.domain)])
 
     def learn(self, outcomes: Outcomes) -> None:
         # What was asked before this climb began belongs to the last one, whose optimum is known.
@@ -111,6 +111,13 @@ class LocalSearch(Strategy):
         if self.domain.objective is not None:
             rows = rows[self.domain.objective.violation(self.domain.objective.price(rows)) <= 0]
         return {key.tobytes(): row for key, row in zip(self.domain.canonical(rows), rows, strict=True)}
+
+    def _free(self) -> list[Genomes]:
+        """Neighbours that are left and not under way."""
+        if not self._left:
+            return []
+        taken = {row.tobytes() for row in self.pending}
+        return [row for key, row in self._left.items() if key not in taken]
 
     def _starts(self, draws: Draws) -> Genomes:
         genomes = uniform(self.domain)(draws)
