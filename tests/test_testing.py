@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,8 @@ from nas.evaluators import Evaluation, Evaluator, Lookup
 from nas.parts import Conv, Part
 from nas.reward import MnasNetHard, Reward, SingleCost, WeightedProduct
 from nas.space import Candidate, Genomes, Training
-from nas.strategies import Outcomes, RandomSearch, Strategy
+from nas.strategies import Domain, Draws, Outcomes, Proposals, RandomSearch, Strategy
+from nas.strategies.base import SCREENED
 from nas.testing import check_evaluator, check_pass, check_reward, check_space, check_strategy, synthetic_table
 
 
@@ -134,55 +136,102 @@ def test_a_space_without_shapes_asks_for_them() -> None:
 class Global(RandomSearch):
     """Draws from the global generator."""
 
-    def propose(self, rng: np.random.Generator) -> Genomes:
-        return np.random.randint(0, self.domain.cardinalities)  # noqa: NPY002
+    def propose(self, draws: Draws) -> Genomes:
+        return np.random.randint(0, self.domain.cardinalities, (len(draws), len(self.domain.cardinalities)))  # noqa: NPY002
 
 
 class Unseeded(RandomSearch):
-    def propose(self, rng: np.random.Generator) -> Genomes:
-        return np.random.default_rng(self._asked).integers(0, self.domain.cardinalities)
+    def propose(self, draws: Draws) -> Genomes:
+        return Draws(0, draws.index, draws.attempt).integers(self.domain.cardinalities)
 
 
 class OutOfRange(RandomSearch):
-    def propose(self, rng: np.random.Generator) -> Genomes:
-        return rng.integers(0, self.domain.cardinalities + 1)
+    def propose(self, draws: Draws) -> Genomes:
+        return draws.integers(self.domain.cardinalities + 1)
 
 
-class Counting(RandomSearch):
-    """Its proposals depend on how often it was asked."""
+class Shared(RandomSearch):
+    """Its proposals depend on how many instances there were before."""
 
-    calls = 0
+    made: ClassVar[list[int]] = []
 
-    def propose(self, rng: np.random.Generator) -> Genomes:
-        self.calls += 1
-        rng.random(self.calls)
-        return rng.integers(0, self.domain.cardinalities)
+    def __init__(self, domain: Domain, seed: int = 0) -> None:
+        super().__init__(domain, seed)
+        self.made.append(seed)
+        self.seed += 10 * len(self.made)
+
+
+class Misnumbered(RandomSearch):
+    def ask(self, n: int = 1) -> Proposals:
+        return dataclasses.replace(super().ask(n), index=np.arange(n))
+
+
+class Repetitive(RandomSearch):
+    """Proposes from a handful of genomes."""
+
+    def propose(self, draws: Draws) -> Genomes:
+        return np.minimum(draws.integers(self.domain.cardinalities), np.arange(len(self.domain.cardinalities)) < 2)
+
+
+class Unreleasing(RandomSearch):
+    """Forgets to let go of what its costs rule out."""
 
     def tell(self, outcomes: Outcomes) -> None:
-        self.calls = 0
+        super().tell(outcomes.rows(outcomes.status != SCREENED))
+
+
+class Hoarding(RandomSearch):
+    """Remembers everything that it was ever told."""
+
+    def __init__(self, domain: Domain, seed: int = 0) -> None:
+        super().__init__(domain, seed)
+        self.seen: set[int] = set()
+
+    def learn(self, outcomes: Outcomes) -> None:
+        self.seen.update(outcomes.index.tolist())
 
 
 class Greedy(RandomSearch):
     """Cannot cope with outcomes that have no reward."""
 
-    def tell(self, outcomes: Outcomes) -> None:
+    def learn(self, outcomes: Outcomes) -> None:
         if np.isnan(outcomes.reward).any():
             raise ValueError("no reward")
 
 
 class Meddling(RandomSearch):
-    def tell(self, outcomes: Outcomes) -> None:
+    def learn(self, outcomes: Outcomes) -> None:
         outcomes.genomes[:] = 0
+
+
+class Retaining(RandomSearch):
+    """Keeps the caller's array instead of a copy, and proposes from it."""
+
+    def __init__(self, domain: Domain, seed: int = 0) -> None:
+        super().__init__(domain, seed)
+        self.last: Genomes | None = None
+
+    def propose(self, draws: Draws) -> Genomes:
+        genomes = draws.integers(self.domain.cardinalities)
+        return genomes if self.last is None else np.where(draws.uniform(1) < 0.5, self.last[:1], genomes)
+
+    def learn(self, outcomes: Outcomes) -> None:
+        self.last = outcomes.genomes if len(outcomes) else self.last
 
 
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (Global, "two instances propose|asking one at a time"),
-        (Unseeded, "seeds 0 and 1|asking one at a time"),
+        (Global, "two instances propose"),
+        (Unseeded, "two seeds"),
         (OutOfRange, "out of range"),
-        (Counting, "asking changes the state"),
+        (Shared, "two instances propose"),
+        (Misnumbered, "numbers its proposals"),
+        (Repetitive, "while it is under way"),
+        (Unreleasing, "pending is"),
+        (Hoarding, "memory must not grow"),
         (Meddling, "in place"),
+        (Retaining, "a fresh instance with the same history"),
     ],
 )
 def test_broken_strategies_are_told_apart(strategy: type[Strategy], message: str) -> None:

@@ -4,11 +4,13 @@ from nas.strategies.base import Domain, Objective, Outcomes, Proposals, Strategy
 from nas.strategies.draws import Draws
 from nas.strategies.evolution import AgingEvolution
 from nas.strategies.halving import Halving
+from nas.strategies.local_search import LocalSearch
+from nas.strategies.nsga2 import NSGA2
 from nas.strategies.random_search import RandomSearch
 from nas.strategies.reinforce import Reinforce
 from nas.strategies.surrogate import Surrogate
 
 __all__ = [
-    "AgingEvolution", "Domain", "Draws", "Halving", "Objective", "Outcomes", "Proposals", "RandomSearch", "Reinforce",
-    "Strategy", "Surrogate", "strategies",
+    "NSGA2", "AgingEvolution", "Domain", "Draws", "Halving", "LocalSearch", "Objective", "Outcomes", "Proposals",
+    "RandomSearch", "Reinforce", "Strategy", "Surrogate", "strategies",
 ]  # fmt: skip

@@ -7,6 +7,8 @@ for a whole batch in one array operation. The function is the finaliser of Split
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,6 +36,12 @@ class Draws:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def rows(self, which: Ints) -> Draws:
+        """The same proposals' next numbers, for some of them, by position; it and this one go on independently."""
+        some = copy.copy(self)
+        some.index, some._keys = self.index[which], self._keys[which]
+        return some
 
     def uniform(self, columns: int) -> Array:
         """``[n, columns]`` in [0, 1)."""

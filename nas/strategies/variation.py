@@ -1,20 +1,41 @@
-"""Mutation and crossover of genome matrices: what every evolutionary strategy shares."""
+"""Mutation, crossover and screening of genome matrices: what every evolutionary strategy shares."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import numpy.typing as npt
 
 from nas.space import Genomes
 from nas.strategies.base import Domain
 from nas.strategies.draws import Draws
 
 NEIGHBOUR = 0.5
+AGAIN = 0.3
+TRIES = 8
+
+
+def vary(first: Genomes, second: Genomes, draws: Draws, domain: Domain, mating: float) -> Genomes:
+    """Children ``[n, choices]``: with probability ``mating`` a crossover of both parents, else the first, mutated.
+
+    One gene is mutated, and three times in ten another: a single change cannot leave where every neighbour is known.
+    """
+    children = first
+    if mating > 0:
+        mated = draws.uniform(1) < mating
+        children = np.where(mated, crossover(first, second, draws, domain), first)
+    children = mutate(children, draws, domain)
+    again = np.flatnonzero(draws.uniform(1)[:, 0] < AGAIN)
+    children[again] = mutate(children[again], draws.rows(again), domain)
+    return children
 
 
 def mutate(parents: Genomes, draws: Draws, domain: Domain) -> Genomes:
     """Children ``[n, choices]`` that differ from their parents in exactly one gene, one that is not dormant.
 
     An ordered choice moves to a neighbouring value half of the time; any other value is as likely as the next.
+    Where every choice has one value, the children are their parents.
     """
     n, sizes = len(parents), domain.cardinalities
     movable = np.broadcast_to(sizes > 1, parents.shape)
@@ -28,8 +49,9 @@ def mutate(parents: Genomes, draws: Draws, domain: Domain) -> Genomes:
     anywhere = (value + 1 + (far * (size - 1)).astype(np.int64)) % size
     step = np.where(near < 0.5, -1, 1)
     step = np.where(value == 0, 1, np.where(value == size - 1, -1, step))
+    nearby = domain.ordered[gene] & (size > 1) & (how < NEIGHBOUR)
     children = parents.copy()
-    children[rows, gene] = np.where(domain.ordered[gene] & (how < NEIGHBOUR), value + step, anywhere)
+    children[rows, gene] = np.where(nearby, value + step, anywhere)
     return children
 
 
@@ -44,9 +66,37 @@ def crossover(first: Genomes, second: Genomes, draws: Draws, domain: Domain) -> 
     return child
 
 
-def pick_true(
-    mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], uniform: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
-) -> Genomes:
+def affordable(draw: Callable[[Draws], Genomes], draws: Draws, domain: Domain) -> Genomes:
+    """What ``draw`` gives, drawn again up to eight times where the known costs break a budget.
+
+    Where nothing is known beforehand, or where no try is feasible, the least violating one is returned: whoever
+    evaluates rules it out, which costs no training either.
+    """
+    genomes, objective = draw(draws), domain.objective
+    if objective is None:
+        return genomes
+    genomes = genomes.copy()
+    violation = objective.violation(objective.price(genomes))
+    left = np.flatnonzero(violation > 0)
+    draws = draws.rows(left)
+    for _ in range(TRIES):
+        if not len(left):
+            break
+        tried = draw(draws)
+        found = objective.violation(objective.price(tried))
+        better = found < violation[left]
+        genomes[left[better]], violation[left[better]] = tried[better], found[better]
+        still = np.flatnonzero(violation[left] > 0)
+        left, draws = left[still], draws.rows(still)
+    return genomes
+
+
+def uniform(domain: Domain) -> Callable[[Draws], Genomes]:
+    """Draws every gene uniformly."""
+    return lambda draws: draws.integers(domain.cardinalities)
+
+
+def pick_true(mask: npt.NDArray[np.bool_], uniform: npt.NDArray[np.float64]) -> Genomes:
     """Column of a uniformly chosen true entry of each row of ``mask [n, d]``, by numbers ``uniform [n]`` in [0, 1)."""
     ranks = np.cumsum(mask, axis=1)
     wanted = (uniform * ranks[:, -1]).astype(np.int64) + 1
