@@ -33,6 +33,8 @@ ENUMERABLE = 20_000
 REFIT = 1.15
 SAMPLE, BATCH, ELITE, SHORTLIST = 2_000, 100, 50, 300
 QUEUE = 0.02
+# A model answers thousands: what suits a hundred trainings is small for it.
+LARGE: dict[str, dict[str, Any]] = {"evolution": {"population": 100, "sample": 25}}
 
 
 class Surrogate(Strategy):
@@ -56,7 +58,8 @@ class Surrogate(Strategy):
 
     Args:
         inner: the strategy that searches the model (``surrogate:NAME`` sets it).
-        settings: of the wrapped strategy.
+        settings: of the wrapped strategy; by default evolution has Real et al.'s population of 100 and sample of 25,
+            because a model answers thousands, and others have their own.
         initial: random candidates to begin with, feasible where prices are known.
         steps: candidates that the wrapped strategy may ask the model about, for each search.
         memory: most outcomes that the process is fitted to: the best half, and the latest.
@@ -79,9 +82,9 @@ class Surrogate(Strategy):
                 f"strategy: initial {initial}, steps {steps}, memory {memory}.",
                 expected="initial ≥ 2, steps ≥ 1, memory ≥ 10",
             )
-        self.inner, self.settings = strategies.get(inner), dict(settings or {})
+        self.inner, self.settings = strategies.get(inner), dict(LARGE.get(inner, {}) if settings is None else settings)
         self.initial, self.steps, self.memory = initial, steps, memory
-        self.plain = self._inner(domain, seed)
+        self.plain = construct(self.inner, settings or {}, domain, seed, where="strategy.settings")
         self._lent: dict[int, int] = {}  # our number of a proposal that was the plain strategy's → its own
         self.archive = Archive(len(domain.cardinalities))
         self._earlier: list[Outcomes] = []
@@ -220,7 +223,8 @@ class Surrogate(Strategy):
         """Feasible genomes that a fresh instance of the wrapped strategy visits on the model's word."""
         d = self.domain
         searcher = self._inner(Domain(d.cardinalities, d.ordered, d.active, d.kinds), int(rng.integers(2**31)))
-        start = np.concatenate([self.archive.best(ELITE), self._random(rng, ELITE)])
+        # The best come last: what forgets, forgets them last.
+        start = np.concatenate([self._random(rng, ELITE), self.archive.best(ELITE)[::-1]])
         visited = [self._answer(searcher, model, start, None)]
         for _ in range(max(1, self.steps // BATCH)):
             asked = searcher.ask(BATCH)
