@@ -72,7 +72,7 @@ class Surrogate(Strategy):
         *,
         inner: str = "evolution",
         settings: dict[str, Any] | None = None,
-        initial: int = 5,
+        initial: int = 10,
         steps: int = 3_000,
         memory: int = 1_000,
     ) -> None:
