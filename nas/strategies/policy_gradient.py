@@ -1,0 +1,203 @@
+"""What the policy-gradient strategies share: drawing what may win, a bounded memory, utilities and their baseline."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.errors import ExperimentError
+from nas.space import Genomes
+from nas.strategies.base import ASKED, DUPLICATE, REDRAWS, Domain, Outcomes, Strategy
+from nas.strategies.draws import Draws
+from nas.strategies.policies import Policy
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+REDRAWN = 31  # candidates drawn instead of one that cannot win
+HEAT = 0.1  # by which each of them flattens the policy further
+KNOWN = 4096  # genomes remembered as told
+STEPS = 4  # gradient steps per tell, at most
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Outcomes of the strategy's own proposals.
+
+    Attributes:
+        genomes: ``[n, choices]``.
+        active: which genes are not dormant, ``[n, choices]``.
+        logs: log-probabilities under which the genes were drawn when the genome was asked, ``[n, choices]``.
+        rewards: ``[n]``.
+    """
+
+    genomes: Genomes
+    active: Mask
+    logs: Array
+    rewards: Array
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    def plus(self, other: Samples, most: int) -> Samples:
+        """The latest ``most`` of these and the ``other`` ones."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Samples(*(np.concatenate(pair)[-most:] for pair in pairs))
+
+    def holds(self, genomes: Genomes, active: Mask) -> Mask:
+        """Which of the ``genomes [n, choices]`` equal a sample in every gene that is not dormant, ``[n]``."""
+        mine = np.where(self.active, self.genomes, -1)
+        return np.array([(mine == row).all(axis=1).any() for row in np.where(active, genomes, -1)], dtype=bool)
+
+
+class PolicyGradient(Strategy):
+    """Moves a policy towards its best samples.
+
+    **Drawing.** A draw that breaks a budget by its exact costs, or that was told before, cannot win: it is replaced
+    by the first of 31 more draws that can, each from a flatter policy (logits divided by 1 + 0.1 k), so that a
+    policy which has converged still finds something new. Where all are ruled out the one that breaks the budgets
+    least is proposed. So what is sampled is π conditioned on being able to win, π'. Its gradient is
+    ∇log π' = ∇log π − ∇log Z, and the second term, the same for every sample, is cancelled in expectation by the
+    baseline: E[(U − b) ∇log Z] = 0 where b = E[U]. So it is left out, and what is ruled out carries no gradient.
+
+    **Utilities.** Rewards enter by rank only, ``u ∝ max(0, log(n/2 + 1) − log(rank))`` with mean 0 over the
+    memory, equal rewards sharing their mean (fitness shaping: Wierstra et al. 2014, "Natural Evolution Strategies",
+    section 3.1). So rewards may be of any scale and sign, a few disasters do not hide the differences between good
+    candidates, and the policy is drawn to the best rather than to the best average, which is what a search is for
+    (cf. the risk-seeking gradient of Petersen et al. 2021).
+
+    **Off-policy.** Each sample keeps the log-probabilities under which it was asked, and a subclass weights it by
+    them. An asked outcome whose number this instance did not give, as in a replay, counts as asked by the policy that
+    it is told to. Enqueued and earlier outcomes are left out of the gradient and only remembered as told.
+
+    Dormant genes carry no gradient.
+
+    Args:
+        policy: what is sampled and moved.
+        momentum: of the exponential moving average of the mean utility, the baseline.
+        entropy: initial weight of the entropy bonus; every step multiplies it by ``entropy_decay``.
+        memory: samples kept, the latest.
+    """
+
+    def __init__(
+        self, domain: Domain, seed: int, policy: Policy, *, momentum: float, entropy: float, entropy_decay: float,
+        memory: int,
+    ) -> None:  # fmt: skip
+        super().__init__(domain, seed)
+        if not 0 <= momentum < 1 or not entropy >= 0 or not 0 <= entropy_decay <= 1 or memory < 2:
+            raise ExperimentError(
+                f"strategy: momentum {momentum}, entropy {entropy}, entropy_decay {entropy_decay}, memory {memory}.",
+                expected="0 ≤ momentum < 1, entropy ≥ 0, 0 ≤ entropy_decay ≤ 1, memory ≥ 2",
+            )
+        self.policy, self.momentum = policy, momentum
+        self.entropy, self.entropy_decay = entropy, entropy_decay
+        self.memory = memory
+        self.baseline = math.nan
+        none = np.zeros((0, len(domain.cardinalities)))
+        self.samples = Samples(none.astype(np.int64), none.astype(bool), none, np.zeros(0))
+        self._drawn: dict[int, tuple[bytes, Array]] = {}  # number → genome and its log-probabilities, until told
+        self._known: dict[bytes, None] = {}  # canonical genomes, the oldest first
+
+    # ---- drawing ---------------------------------------------------------------------------------
+
+    def propose(self, draws: Draws) -> Genomes:
+        genomes, logs = self.policy.sample(
+            draws.uniform(len(self.domain.cardinalities)), np.full(len(draws), 1 + HEAT * REDRAWN * draws.attempt)
+        )
+        hopeless = (self._violation(genomes) > 0) | self._told(genomes)
+        if hopeless.any():
+            genomes[hopeless], logs[hopeless] = self._redraw(draws, np.flatnonzero(hopeless))
+        for number, genome, log in zip(draws.index.tolist(), genomes, logs, strict=True):
+            self._drawn[number] = (genome.tobytes(), log)
+        return genomes
+
+    def _redraw(self, draws: Draws, rows: Genomes) -> tuple[Genomes, Array]:
+        """For some rows of ``draws``: the first of more candidates that can win, and its log-probabilities."""
+        n, d = len(rows), len(self.domain.cardinalities)
+        fresh = Draws(draws.seed, draws.index[rows], REDRAWS + draws.attempt)  # the first ones are the contract's
+        uniform = fresh.uniform(REDRAWN * d).reshape(n * REDRAWN, d)
+        heat = 1 + HEAT * (REDRAWN * draws.attempt + np.arange(1, REDRAWN + 1))
+        genomes, logs = self.policy.sample(uniform, np.tile(heat, n))
+        violation = self._violation(genomes).reshape(n, REDRAWN)
+        genomes, logs = genomes.reshape(n, REDRAWN, d), logs.reshape(n, REDRAWN, d)
+        chosen = violation.argmin(axis=1)
+        left, feasible = np.arange(n), violation <= 0
+        while len(left := left[feasible[left].any(axis=1)]):
+            first = feasible[left].argmax(axis=1)
+            told = self._told(genomes[left, first])
+            chosen[left[~told]] = first[~told]
+            left, first = left[told], first[told]
+            feasible[left, first] = False
+        each = np.arange(n)
+        return genomes[each, chosen], logs[each, chosen]
+
+    def _violation(self, genomes: Genomes) -> Array:
+        if self.domain.objective is None:
+            return np.zeros(len(genomes))
+        return self.domain.objective.violation(self.domain.objective.price(genomes))
+
+    def _told(self, genomes: Genomes) -> Mask:
+        if not self._known:
+            return np.zeros(len(genomes), dtype=bool)
+        return np.array([row.tobytes() in self._known for row in self.domain.canonical(genomes)], dtype=bool)
+
+    # ---- learning ---------------------------------------------------------------------------------
+
+    def learn(self, outcomes: Outcomes) -> None:
+        active = self.domain.active(outcomes.genomes)
+        new = self._own(outcomes, active)
+        for row in np.where(active, outcomes.genomes, 0):
+            self._known[row.tobytes()] = None
+        for key in list(self._known)[: max(0, len(self._known) - KNOWN)]:
+            del self._known[key]
+        if len(new):
+            self.samples = self.samples.plus(new, self.memory)
+            for _ in range(min(len(new), STEPS)):
+                self.improve(self.samples, utilities(self.samples.rewards))
+                self.entropy *= self.entropy_decay
+
+    @abc.abstractmethod
+    def improve(self, samples: Samples, utility: Array) -> None:
+        """One gradient step on all ``samples``, whose utilities are ``utility [n]``."""
+
+    def advantage(self, utility: Array, weights: Array) -> Array:
+        """``u − b`` with b the moving average of the mean utility, weighted by ``weights [n]`` that sum to 1."""
+        mean = float(weights @ utility)
+        start = math.isnan(self.baseline)
+        self.baseline = mean if start else self.momentum * self.baseline + (1 - self.momentum) * mean
+        return utility - self.baseline
+
+    def _own(self, outcomes: Outcomes, active: Mask) -> Samples:
+        """The strategy's own samples that have a reward and are not held by the memory already."""
+        asked = outcomes.source == ASKED
+        logs = np.full(active.shape, np.nan)
+        for i in np.flatnonzero(asked):
+            genome, log = self._drawn.pop(int(outcomes.index[i]), (b"", None))
+            if log is not None and genome == outcomes.genomes[i].tobytes():
+                logs[i] = log
+        own = asked & outcomes.scored & np.isfinite(outcomes.reward)
+        again = np.flatnonzero(own & (outcomes.status == DUPLICATE))
+        own[again] = ~self.samples.holds(outcomes.genomes[again], active[again])
+        replayed = own & np.isnan(logs[:, 0])
+        if replayed.any():
+            logs[replayed] = self.policy.logs(outcomes.genomes[replayed])
+        return Samples(outcomes.genomes[own], active[own], logs[own], outcomes.reward[own])
+
+
+def utilities(rewards: Array) -> Array:
+    """Rank-based utilities ``[n]``, mean 0: log(n/2 + 1) − log(rank), none below the upper half; ties share."""
+    n = len(rewards)
+    _, tie, count = np.unique(-rewards, return_inverse=True, return_counts=True)
+    raw = np.maximum(0.0, np.log(n / 2 + 1) - np.log(np.arange(1, n + 1)))
+    shared = np.add.reduceat(raw, np.cumsum(count) - count) / count
+    return np.asarray(shared[tie] / raw.mean() - 1.0)
+
+
+def positive(name: str, value: float) -> float:
+    """The value; ExperimentError where it is not above 0 and finite."""
+    if not 0 < value < math.inf:
+        raise ExperimentError(f"strategy.{name} is {value}.", expected=f"{name} > 0")
+    return value
