@@ -52,19 +52,17 @@ class Controller(nn.Module):
         logits = torch.einsum("nch,chv->ncv", states, self.heads) + self.biases
         return logits.masked_fill(self.beyond, -torch.inf)
 
-    def draw(self, uniform: Tensor, heat: Tensor) -> tuple[Tensor, Tensor]:
-        """Genomes by inversion of ``uniform [n, choices]`` and the log-probabilities of their genes."""
+    def draw(self, uniform: Tensor, heat: Tensor) -> Tensor:
+        """Genomes ``[n, choices]`` by inversion of ``uniform [n, choices]``, logits divided by ``heat [n]``."""
         inputs, state = self.start.expand(len(uniform), 1, -1), None
-        genes, logs = [], []
+        genes = []
         for choice, size in enumerate((~self.beyond).sum(dim=1).tolist()):
             out, state = self.lstm(inputs, state)
             logits = out[:, 0] @ self.heads[choice, :, :size] + self.biases[choice, :size]
-            log = torch.log_softmax(logits / heat[:, None], dim=1)
-            gene = (uniform[:, choice, None] >= log.exp().cumsum(dim=1)).sum(dim=1).clamp(max=size - 1)
-            genes.append(gene)
-            logs.append(log.gather(1, gene[:, None])[:, 0])
-            inputs = self.embeddings[choice, gene][:, None]
-        return torch.stack(genes, dim=1), torch.stack(logs, dim=1)
+            cumulative = torch.softmax(logits / heat[:, None], dim=1).cumsum(dim=1)
+            genes.append((uniform[:, choice, None] >= cumulative).sum(dim=1).clamp(max=size - 1))
+            inputs = self.embeddings[choice, genes[-1]][:, None]
+        return torch.stack(genes, dim=1)
 
 
 class Lstm(Policy):
@@ -81,22 +79,20 @@ class Lstm(Policy):
         self.controller = Controller(domain.cardinalities, hidden, seed)
         self.optimizer = torch.optim.Adam(self.controller.parameters(), lr=lr, maximize=True)
 
-    def sample(self, uniform: Array, heat: Array) -> tuple[Genomes, Array]:
+    def sample(self, uniform: Array, heat: Array) -> Genomes:
         with torch.no_grad():
-            genomes, logs = self.controller.draw(torch.from_numpy(uniform), torch.from_numpy(heat))
-        return genomes.numpy(), logs.numpy()
+            return np.asarray(self.controller.draw(torch.from_numpy(uniform), torch.from_numpy(heat)))
 
     def logs(self, genomes: Genomes) -> Array:
         with torch.no_grad():
-            return np.asarray(self._log_softmax(genomes).gather(2, torch.from_numpy(genomes)[:, :, None])[:, :, 0])
+            return np.asarray(_chosen(self._log_softmax(genomes), genomes))
 
     def objective(self, genomes: Genomes, weights: Array, entropy: float) -> Tensor:
         """What :meth:`ascend` climbs, with its graph."""
         log = self._log_softmax(genomes)
-        chosen = log.gather(2, torch.from_numpy(genomes)[:, :, None])[:, :, 0]
         known = log.masked_fill(self.controller.beyond, 0.0)
         spread = -(log.exp() * known).sum(dim=(1, 2)).mean()
-        return (torch.from_numpy(weights) * chosen).sum() + entropy * spread
+        return (torch.from_numpy(weights) * _chosen(log, genomes)).sum() + entropy * spread
 
     def ascend(self, genomes: Genomes, weights: Array, entropy: float) -> None:
         self.optimizer.zero_grad()
@@ -105,3 +101,7 @@ class Lstm(Policy):
 
     def _log_softmax(self, genomes: Genomes) -> Tensor:
         return torch.log_softmax(self.controller(torch.from_numpy(genomes)), dim=2)
+
+
+def _chosen(log: Tensor, genomes: Genomes) -> Tensor:
+    return log.gather(2, torch.from_numpy(genomes)[:, :, None])[:, :, 0]

@@ -15,19 +15,13 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
 class Policy(abc.ABC):
-    """π(α) = Π_j π_j(α_j | α_1 … α_{j−1}): a softmax per choice.
-
-    Args:
-        domain: the genes.
-        lr: step of Adam (Kingma & Ba 2015).
-    """
+    """π(α) = Π_j π_j(α_j | α_1 … α_{j−1}): a softmax per choice."""
 
     @abc.abstractmethod
-    def sample(self, uniform: Array, heat: Array) -> tuple[Genomes, Array]:
+    def sample(self, uniform: Array, heat: Array) -> Genomes:
         """Genomes ``[n, choices]`` by inversion of ``uniform [n, choices]`` in [0, 1).
 
-        The logits of row *i* are divided by ``heat[i]`` ≥ 1, which flattens the policy. Also returns the logarithms
-        of the probabilities under which each gene was drawn, heat included, ``[n, choices]``.
+        The logits of row *i* are divided by ``heat[i]`` ≥ 1, which flattens the policy.
         """
 
     @abc.abstractmethod
@@ -49,6 +43,10 @@ class Independent(Policy):
     The kernel size that pays in one block is likely to pay in the next; θ learns where it does not. Everything
     starts at 0, the uniform policy.
 
+    Args:
+        domain: the genes.
+        lr: step of Adam (Kingma & Ba 2015).
+
     Attributes:
         theta: logits ``[choices + shared kinds, most values]``, the shared ones last.
     """
@@ -67,12 +65,8 @@ class Independent(Policy):
     @property
     def logits(self) -> Array:
         """``[choices, most values]``, −∞ beyond a choice's own values."""
-        own = self.theta[: self.choices]
-        logits = (
-            np.where(self.owner[:, None] >= 0, own + self.theta[self.choices + self.owner], own)
-            if (len(self.theta) > self.choices)
-            else own
-        )
+        logits, members = self.theta[: self.choices].copy(), self.owner >= 0
+        logits[members] += self.theta[self.choices + self.owner[members]]
         return np.where(self.valid, logits, -np.inf)
 
     @property
@@ -80,16 +74,14 @@ class Independent(Policy):
         """``[choices, most values]``; zero beyond a choice's own values."""
         return np.exp(_log_softmax(self.logits))
 
-    def sample(self, uniform: Array, heat: Array) -> tuple[Genomes, Array]:
+    def sample(self, uniform: Array, heat: Array) -> Genomes:
         genomes = np.empty(uniform.shape, dtype=np.int64)
-        logs = np.empty(uniform.shape)
         for value in np.unique(heat):
             rows = heat == value
-            table = _log_softmax(self.logits / value)
-            below = (uniform[rows][:, :, None] >= np.cumsum(np.exp(table), axis=1)).sum(axis=2)
+            cumulative = np.cumsum(np.exp(_log_softmax(self.logits / value)), axis=1)
+            below = (uniform[rows][:, :, None] >= cumulative).sum(axis=2)
             genomes[rows] = np.minimum(below, self.valid.sum(axis=1) - 1)
-            logs[rows] = table[np.arange(self.choices), genomes[rows]]
-        return genomes, logs
+        return genomes
 
     def logs(self, genomes: Genomes) -> Array:
         return np.asarray(_log_softmax(self.logits)[np.arange(self.choices), genomes])

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import abc
+import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nas.errors import ExperimentError
 from nas.space import Genomes
-from nas.strategies.base import ASKED, DUPLICATE, REDRAWS, Domain, Outcomes, Strategy
+from nas.strategies.base import ASKED, DUPLICATE, REDRAWS, Domain, Outcomes, Proposals, Strategy
 from nas.strategies.draws import Draws
 from nas.strategies.policies import Policy
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 REDRAWN = 31  # candidates drawn instead of one that cannot win
-HEAT = 0.1  # by which each of them flattens the policy further
+HEAT = 1.1  # by which each of them flattens the policy further
 KNOWN = 4096  # genomes remembered as told
+WAITING = 100_000  # proposals remembered until they are told
 STEPS = 4  # gradient steps per tell, at most
 
 
@@ -30,7 +33,7 @@ class Samples:
     Attributes:
         genomes: ``[n, choices]``.
         active: which genes are not dormant, ``[n, choices]``.
-        logs: log-probabilities under which the genes were drawn when the genome was asked, ``[n, choices]``.
+        logs: log-probabilities of the genes under the policy when the genome was asked, ``[n, choices]``.
         rewards: ``[n]``.
     """
 
@@ -57,8 +60,8 @@ class PolicyGradient(Strategy):
     """Moves a policy towards its best samples.
 
     **Drawing.** A draw that breaks a budget by its exact costs, or that was told before, cannot win: it is replaced
-    by the first of 31 more draws that can, each from a flatter policy (logits divided by 1 + 0.1 k), so that a
-    policy which has converged still finds something new. Where all are ruled out the one that breaks the budgets
+    by the first of 31 more draws that can, each from a flatter policy (logits divided by 1.1^k), so that a policy
+    which has converged still finds something new. Where all are ruled out the one that breaks the budgets
     least is proposed. So what is sampled is π conditioned on being able to win, π'. Its gradient is
     ∇log π' = ∇log π − ∇log Z, and the second term, the same for every sample, is cancelled in expectation by the
     baseline: E[(U − b) ∇log Z] = 0 where b = E[U]. So it is left out, and what is ruled out carries no gradient.
@@ -69,9 +72,11 @@ class PolicyGradient(Strategy):
     candidates, and the policy is drawn to the best rather than to the best average, which is what a search is for
     (cf. the risk-seeking gradient of Petersen et al. 2021).
 
-    **Off-policy.** Each sample keeps the log-probabilities under which it was asked, and a subclass weights it by
-    them. An asked outcome whose number this instance did not give, as in a replay, counts as asked by the policy that
-    it is told to. Enqueued and earlier outcomes are left out of the gradient and only remembered as told.
+    **Off-policy.** Each sample keeps the log-probabilities of its genes under π when it was asked, and a subclass
+    weights it by them, however late it is told. (The flatness of a redraw is left out of them, so that what
+    exploring finds counts in full.) An asked outcome whose number this instance did not give, as in a replay, counts
+    as asked by the policy that it is told to. Enqueued and earlier outcomes are left out of the gradient and only
+    remembered as told.
 
     Dormant genes carry no gradient.
 
@@ -98,31 +103,36 @@ class PolicyGradient(Strategy):
         self.baseline = math.nan
         none = np.zeros((0, len(domain.cardinalities)))
         self.samples = Samples(none.astype(np.int64), none.astype(bool), none, np.zeros(0))
-        self._drawn: dict[int, tuple[bytes, Array]] = {}  # number → genome and its log-probabilities, until told
+        self._asked_under: dict[int, tuple[bytes, Array]] = {}  # number → genome and log-probabilities, until told
         self._known: dict[bytes, None] = {}  # canonical genomes, the oldest first
 
     # ---- drawing ---------------------------------------------------------------------------------
 
+    def ask(self, n: int = 1) -> Proposals:
+        proposals = super().ask(n)
+        if n:
+            logs = self.policy.logs(proposals.genomes)
+            for number, genome, log in zip(proposals.index.tolist(), proposals.genomes, logs, strict=True):
+                self._asked_under[number] = (genome.tobytes(), log)
+            _forget(self._asked_under, WAITING)
+        return proposals
+
     def propose(self, draws: Draws) -> Genomes:
-        genomes, logs = self.policy.sample(
-            draws.uniform(len(self.domain.cardinalities)), np.full(len(draws), 1 + HEAT * REDRAWN * draws.attempt)
+        genomes = self.policy.sample(
+            draws.uniform(len(self.domain.cardinalities)), np.full(len(draws), HEAT ** (REDRAWN * draws.attempt))
         )
         hopeless = (self._violation(genomes) > 0) | self._told(genomes)
         if hopeless.any():
-            genomes[hopeless], logs[hopeless] = self._redraw(draws, np.flatnonzero(hopeless))
-        for number, genome, log in zip(draws.index.tolist(), genomes, logs, strict=True):
-            self._drawn[number] = (genome.tobytes(), log)
+            genomes[hopeless] = self._redraw(draws, np.flatnonzero(hopeless))
         return genomes
 
-    def _redraw(self, draws: Draws, rows: Genomes) -> tuple[Genomes, Array]:
-        """For some rows of ``draws``: the first of more candidates that can win, and its log-probabilities."""
+    def _redraw(self, draws: Draws, rows: Genomes) -> Genomes:
+        """For some rows of ``draws``: the first of more candidates that can win."""
         n, d = len(rows), len(self.domain.cardinalities)
         fresh = Draws(draws.seed, draws.index[rows], REDRAWS + draws.attempt)  # the first ones are the contract's
-        uniform = fresh.uniform(REDRAWN * d).reshape(n * REDRAWN, d)
-        heat = 1 + HEAT * (REDRAWN * draws.attempt + np.arange(1, REDRAWN + 1))
-        genomes, logs = self.policy.sample(uniform, np.tile(heat, n))
-        violation = self._violation(genomes).reshape(n, REDRAWN)
-        genomes, logs = genomes.reshape(n, REDRAWN, d), logs.reshape(n, REDRAWN, d)
+        heat = HEAT ** (REDRAWN * draws.attempt + np.arange(1.0, REDRAWN + 1))
+        flat = self.policy.sample(fresh.uniform(REDRAWN * d).reshape(n * REDRAWN, d), np.tile(heat, n))
+        genomes, violation = flat.reshape(n, REDRAWN, d), self._violation(flat).reshape(n, REDRAWN)
         chosen = violation.argmin(axis=1)
         left, feasible = np.arange(n), violation <= 0
         while len(left := left[feasible[left].any(axis=1)]):
@@ -131,8 +141,7 @@ class PolicyGradient(Strategy):
             chosen[left[~told]] = first[~told]
             left, first = left[told], first[told]
             feasible[left, first] = False
-        each = np.arange(n)
-        return genomes[each, chosen], logs[each, chosen]
+        return np.asarray(genomes[np.arange(n), chosen])
 
     def _violation(self, genomes: Genomes) -> Array:
         if self.domain.objective is None:
@@ -151,8 +160,7 @@ class PolicyGradient(Strategy):
         new = self._own(outcomes, active)
         for row in np.where(active, outcomes.genomes, 0):
             self._known[row.tobytes()] = None
-        for key in list(self._known)[: max(0, len(self._known) - KNOWN)]:
-            del self._known[key]
+        _forget(self._known, KNOWN)
         if len(new):
             self.samples = self.samples.plus(new, self.memory)
             for _ in range(min(len(new), STEPS)):
@@ -175,7 +183,7 @@ class PolicyGradient(Strategy):
         asked = outcomes.source == ASKED
         logs = np.full(active.shape, np.nan)
         for i in np.flatnonzero(asked):
-            genome, log = self._drawn.pop(int(outcomes.index[i]), (b"", None))
+            genome, log = self._asked_under.pop(int(outcomes.index[i]), (b"", None))
             if log is not None and genome == outcomes.genomes[i].tobytes():
                 logs[i] = log
         own = asked & outcomes.scored & np.isfinite(outcomes.reward)
@@ -185,6 +193,12 @@ class PolicyGradient(Strategy):
         if replayed.any():
             logs[replayed] = self.policy.logs(outcomes.genomes[replayed])
         return Samples(outcomes.genomes[own], active[own], logs[own], outcomes.reward[own])
+
+
+def _forget(items: dict[Any, Any], most: int) -> None:
+    """Drop the oldest ones beyond ``most``."""
+    for key in list(itertools.islice(items, max(0, len(items) - most))):
+        del items[key]
 
 
 def utilities(rewards: Array) -> Array:

@@ -52,11 +52,14 @@ class PPO(PolicyGradient):
         self.clip, self.epochs = clip, epochs
 
     def improve(self, samples: Samples, utility: Array) -> None:
-        n = len(samples)
-        advantage = self.advantage(utility, np.full(n, 1 / n))[:, None]
+        advantage = self.advantage(utility, np.full(len(samples), 1 / len(samples)))
         for _ in range(self.epochs):
-            ratio = np.exp(self.policy.logs(samples.genomes) - samples.logs)
-            # Where the minimum takes the clipped term it is constant; elsewhere ∇ρ = ρ ∇log π.
-            clipped = np.where(advantage > 0, ratio > 1 + self.clip, ratio < 1 - self.clip)
-            weights = np.where(clipped | ~samples.active, 0.0, ratio * advantage) / n
-            self.policy.ascend(samples.genomes, weights, self.entropy)
+            self.policy.ascend(samples.genomes, self.weights(samples, advantage), self.entropy)
+
+    def weights(self, samples: Samples, advantage: Array) -> Array:
+        """Weights ``[n, choices]`` of ∇log π that give the gradient of the clipped surrogate's mean."""
+        ratio = np.exp(self.policy.logs(samples.genomes) - samples.logs)
+        gain = advantage[:, None]
+        # Where the minimum takes the clipped term it is constant; elsewhere ∇ρ = ρ ∇log π.
+        clipped = np.where(gain > 0, ratio > 1 + self.clip, ratio < 1 - self.clip)
+        return np.where(clipped | ~samples.active, 0.0, ratio * gain) / len(samples)

@@ -23,12 +23,16 @@ class ReplayedReinforce(PolicyGradient):
     """
 
     def improve(self, samples: Samples, utility: Array) -> None:
-        ratio = ((self.policy.logs(samples.genomes) - samples.logs) * samples.active).sum(axis=1)
-        logs = np.minimum(ratio, 0.0)
+        weights = self.weights(samples)
+        advantage = weights * self.advantage(utility, weights)
+        self.policy.ascend(samples.genomes, advantage[:, None] * samples.active, self.entropy)
+
+    def weights(self, samples: Samples) -> Array:
+        """``min(1, π(α) / π_asked(α))``, over the genes that are not dormant, divided by their sum, ``[n]``."""
+        logs = ((self.policy.logs(samples.genomes) - samples.logs) * samples.active).sum(axis=1)
+        logs = np.minimum(logs, 0.0)
         weights = np.exp(logs - logs.max())
-        weights /= weights.sum()
-        advantage = self.advantage(utility, weights)
-        self.policy.ascend(samples.genomes, (weights * advantage)[:, None] * samples.active, self.entropy)
+        return np.asarray(weights / weights.sum())
 
 
 @strategies.register("reinforce")
