@@ -52,14 +52,14 @@ class Controller(nn.Module):
         logits = torch.einsum("nch,chv->ncv", states, self.heads) + self.biases
         return logits.masked_fill(self.beyond, -torch.inf)
 
-    def draw(self, uniform: Tensor, heat: Tensor) -> Tensor:
-        """Genomes ``[n, choices]`` by inversion of ``uniform [n, choices]``, logits divided by ``heat [n]``."""
+    def draw(self, uniform: Tensor, heat: float) -> Tensor:
+        """Genomes ``[n, choices]`` by inversion of ``uniform [n, choices]``, logits divided by ``heat``."""
         inputs, state = self.start.expand(len(uniform), 1, -1), None
         genes = []
         for choice, size in enumerate((~self.beyond).sum(dim=1).tolist()):
             out, state = self.lstm(inputs, state)
             logits = out[:, 0] @ self.heads[choice, :, :size] + self.biases[choice, :size]
-            cumulative = torch.softmax(logits / heat[:, None], dim=1).cumsum(dim=1)
+            cumulative = torch.softmax(logits / heat, dim=1).cumsum(dim=1)
             genes.append((uniform[:, choice, None] >= cumulative).sum(dim=1).clamp(max=size - 1))
             inputs = self.embeddings[choice, genes[-1]][:, None]
         return torch.stack(genes, dim=1)
@@ -79,9 +79,9 @@ class Lstm(Policy):
         self.controller = Controller(domain.cardinalities, hidden, seed)
         self.optimizer = torch.optim.Adam(self.controller.parameters(), lr=lr, maximize=True)
 
-    def sample(self, uniform: Array, heat: Array) -> Genomes:
+    def sample(self, uniform: Array, heat: float = 1.0) -> Genomes:
         with torch.no_grad():
-            return np.asarray(self.controller.draw(torch.from_numpy(uniform), torch.from_numpy(heat)))
+            return np.asarray(self.controller.draw(torch.from_numpy(uniform), heat))
 
     def logs(self, genomes: Genomes) -> Array:
         with torch.no_grad():

@@ -18,10 +18,10 @@ class Policy(abc.ABC):
     """π(α) = Π_j π_j(α_j | α_1 … α_{j−1}): a softmax per choice."""
 
     @abc.abstractmethod
-    def sample(self, uniform: Array, heat: Array) -> Genomes:
+    def sample(self, uniform: Array, heat: float = 1.0) -> Genomes:
         """Genomes ``[n, choices]`` by inversion of ``uniform [n, choices]`` in [0, 1).
 
-        The logits of row *i* are divided by ``heat[i]`` ≥ 1, which flattens the policy.
+        The logits are divided by ``heat`` ≥ 1, which flattens the policy.
         """
 
     @abc.abstractmethod
@@ -74,25 +74,25 @@ class Independent(Policy):
         """``[choices, most values]``; zero beyond a choice's own values."""
         return np.exp(_log_softmax(self.logits))
 
-    def sample(self, uniform: Array, heat: Array) -> Genomes:
-        genomes = np.empty(uniform.shape, dtype=np.int64)
-        for value in np.unique(heat):
-            rows = heat == value
-            cumulative = np.cumsum(np.exp(_log_softmax(self.logits / value)), axis=1)
-            below = (uniform[rows][:, :, None] >= cumulative).sum(axis=2)
-            genomes[rows] = np.minimum(below, self.valid.sum(axis=1) - 1)
-        return genomes
+    def sample(self, uniform: Array, heat: float = 1.0) -> Genomes:
+        cumulative = np.cumsum(np.exp(_log_softmax(self.logits / heat)), axis=1)
+        genomes = np.zeros(uniform.shape, dtype=np.int64)
+        for column in cumulative[:, :-1].T:
+            genomes += uniform >= column
+        return np.minimum(genomes, self.valid.sum(axis=1) - 1)
 
     def logs(self, genomes: Genomes) -> Array:
-        return np.asarray(_log_softmax(self.logits)[np.arange(self.choices), genomes])
+        return np.asarray(_log_softmax(self.logits).ravel()[self._cells(genomes)])
+
+    def _cells(self, genomes: Genomes) -> Genomes:
+        """Places of the genes in a flat array of ``[choices, most values]``, ``[n, choices]``."""
+        return np.arange(self.choices) * self.valid.shape[1] + genomes
 
     def gradient(self, genomes: Genomes, weights: Array, entropy: float) -> Array:
         """Of the objective of :meth:`ascend`, with respect to ``theta``."""
-        values = self.valid.shape[1]
         log = _log_softmax(self.logits)
         policy = np.exp(log)
-        cells = (np.arange(self.choices) * values + genomes).ravel()
-        gained = np.bincount(cells, weights.ravel(), self.choices * values).reshape(self.choices, values)
+        gained = np.bincount(self._cells(genomes).ravel(), weights.ravel(), policy.size).reshape(policy.shape)
         gradient = gained - weights.sum(axis=0)[:, None] * policy
         log = np.where(self.valid, log, 0.0)
         gradient -= entropy * policy * (log - (policy * log).sum(axis=1, keepdims=True))

@@ -60,7 +60,7 @@ class PolicyGradient(Strategy):
     """Moves a policy towards its best samples.
 
     **Drawing.** A draw that breaks a budget by its exact costs, or that was told before, cannot win: it is replaced
-    by the first of 31 more draws that can, each from a flatter policy (logits divided by 1.1^k), so that a policy
+    by one of up to 31 more, in five rounds from ever flatter policies (logits divided by 1.1 to 19), so that a policy
     which has converged still finds something new. Where all are ruled out the one that breaks the budgets
     least is proposed. So what is sampled is π conditioned on being able to win, π'. Its gradient is
     ∇log π' = ∇log π − ∇log Z, and the second term, the same for every sample, is cancelled in expectation by the
@@ -118,39 +118,39 @@ class PolicyGradient(Strategy):
         return proposals
 
     def propose(self, draws: Draws) -> Genomes:
-        genomes = self.policy.sample(
-            draws.uniform(len(self.domain.cardinalities)), np.full(len(draws), HEAT ** (REDRAWN * draws.attempt))
-        )
-        hopeless = (self._violation(genomes) > 0) | self._told(genomes)
-        if hopeless.any():
-            genomes[hopeless] = self._redraw(draws, np.flatnonzero(hopeless))
+        d, heat = len(self.domain.cardinalities), HEAT ** (REDRAWN * draws.attempt)
+        genomes = self.policy.sample(draws.uniform(d), heat)
+        violation, hopeless = self._judge(genomes)
+        left = np.flatnonzero(hopeless)
+        for more in (1, 2, 4, 8, 16):
+            if not len(left):
+                break
+            # Attempts from REDRAWS on are not the contract's: numbers that are drawn nowhere else.
+            fresh = Draws(draws.seed, draws.index[left], REDRAWS * 2 * more + draws.attempt)
+            heat *= HEAT**more
+            flat = self.policy.sample(fresh.uniform(more * d).reshape(-1, d), heat)
+            broken, hopeless = self._judge(flat)
+            broken, hopeless = broken.reshape(-1, more), hopeless.reshape(-1, more)
+            chosen = np.where(hopeless.all(axis=1), broken.argmin(axis=1), hopeless.argmin(axis=1))
+            each = np.arange(len(left))
+            better = ~hopeless[each, chosen] | (broken[each, chosen] < violation[left])
+            genomes[left[better]] = flat.reshape(len(left), more, d)[each, chosen][better]
+            violation[left] = np.minimum(violation[left], broken[each, chosen])
+            left = left[hopeless.all(axis=1)]
         return genomes
 
-    def _redraw(self, draws: Draws, rows: Genomes) -> Genomes:
-        """For some rows of ``draws``: the first of more candidates that can win."""
-        n, d = len(rows), len(self.domain.cardinalities)
-        fresh = Draws(draws.seed, draws.index[rows], REDRAWS + draws.attempt)  # the first ones are the contract's
-        heat = HEAT ** (REDRAWN * draws.attempt + np.arange(1.0, REDRAWN + 1))
-        flat = self.policy.sample(fresh.uniform(REDRAWN * d).reshape(n * REDRAWN, d), np.tile(heat, n))
-        genomes, violation = flat.reshape(n, REDRAWN, d), self._violation(flat).reshape(n, REDRAWN)
-        chosen = violation.argmin(axis=1)
-        left, feasible = np.arange(n), violation <= 0
-        while len(left := left[feasible[left].any(axis=1)]):
-            first = feasible[left].argmax(axis=1)
-            told = self._told(genomes[left, first])
-            chosen[left[~told]] = first[~told]
-            left, first = left[told], first[told]
-            feasible[left, first] = False
-        return np.asarray(genomes[np.arange(n), chosen])
-
-    def _violation(self, genomes: Genomes) -> Array:
-        if self.domain.objective is None:
-            return np.zeros(len(genomes))
-        return self.domain.objective.violation(self.domain.objective.price(genomes))
+    def _judge(self, genomes: Genomes) -> tuple[Array, Mask]:
+        """By how much the budgets are broken ``[n]``, and which genomes cannot win: those, and what was told."""
+        objective = self.domain.objective
+        violation = np.zeros(len(genomes))
+        if objective is not None:
+            violation = objective.violation(objective.price(genomes))
+        hopeless = violation > 0
+        if self._known and not hopeless.all():
+            hopeless[~hopeless] = self._told(genomes[~hopeless])
+        return violation, hopeless
 
     def _told(self, genomes: Genomes) -> Mask:
-        if not self._known:
-            return np.zeros(len(genomes), dtype=bool)
         return np.array([row.tobytes() in self._known for row in self.domain.canonical(genomes)], dtype=bool)
 
     # ---- learning ---------------------------------------------------------------------------------
