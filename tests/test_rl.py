@@ -313,6 +313,8 @@ def test_a_duplicate_teaches_once() -> None:
     strategy.tell(outcomes(asked.genomes, [3.0, 1.0, 2.0], index=asked.index))
     strategy.tell(outcomes(asked.genomes, [3.0, 1.0, 2.0], DUPLICATE, index=np.arange(3, 6)))
     assert len(strategy.samples) == 3
+    strategy.tell(outcomes(np.array([[0, 0]]), 4.0, DUPLICATE, index=np.array([6])))  # known from elsewhere
+    assert len(strategy.samples) == 3 + (not (asked.genomes == 0).all(axis=1).any())
 
 
 @make_any
@@ -358,8 +360,13 @@ def test_a_converged_policy_still_finds_everything(make: Callable[..., PolicyGra
     strategy = make(simple_domain([3, 3]), 0)
     for _ in range(60):
         strategy.policy.ascend(np.array([[1, 1]]), np.array([[1.0, 1.0]]), 0.0)
-    seen = search(strategy, lambda genomes: 3 * genomes[:, 0] + genomes[:, 1], rounds=12, batch=1)
-    assert len(set(seen)) >= 8
+    seen: set[int] = set()
+    for _ in range(80):
+        asked = strategy.ask(1)
+        value = int(asked.genomes[0] @ [3, 1])
+        strategy.tell(outcomes(asked.genomes, value, DUPLICATE if value in seen else COMPLETE, index=asked.index))
+        seen.add(value)
+    assert len(seen) == 9
     assert strategy.ask(4).genomes.shape == (4, 2)
 
 

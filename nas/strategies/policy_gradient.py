@@ -19,8 +19,9 @@ from nas.strategies.policies import Policy
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
-REDRAWN = 31  # candidates drawn instead of one that cannot win
-HEAT = 1.1  # by which each of them flattens the policy further
+ROUNDS = ((1, 1.0), (2, 1.1), (4, 1.25), (8, 1.6), (16, 2.5))  # of redrawing: how many, what divides the logits
+FLATTER = 1.1  # divides them further for each outcome in a row that was known
+MOST_REPEATS = 200
 KNOWN = 4096  # genomes remembered as told
 WAITING = 100_000  # proposals remembered until they are told
 STEPS = 4  # gradient steps per tell, at most
@@ -60,9 +61,10 @@ class PolicyGradient(Strategy):
     """Moves a policy towards its best samples.
 
     **Drawing.** A draw that breaks a budget by its exact costs, or that was told before, cannot win: it is replaced
-    by one of up to 31 more, in five rounds from ever flatter policies (logits divided by 1.1 to 19), so that a policy
-    which has converged still finds something new. Where all are ruled out the one that breaks the budgets
-    least is proposed. So what is sampled is π conditioned on being able to win, π'. Its gradient is
+    by one of up to 31 more, in five rounds from ever flatter policies (logits divided by 1 to 2.5, and by more for as
+    long as the outcomes are known ones), so that a policy which has converged still finds something new, near to
+    where it is at first. Where all are ruled out, what was told already or breaks the budgets least
+    is proposed. So what is sampled is π conditioned on being able to win, π'. Its gradient is
     ∇log π' = ∇log π − ∇log Z, and the second term, the same for every sample, is cancelled in expectation by the
     baseline: E[(U − b) ∇log Z] = 0 where b = E[U]. So it is left out, and what is ruled out carries no gradient.
 
@@ -104,6 +106,7 @@ class PolicyGradient(Strategy):
         none = np.zeros((0, len(domain.cardinalities)))
         self.samples = Samples(none.astype(np.int64), none.astype(bool), none, np.zeros(0))
         self._asked_under: dict[int, tuple[bytes, Array]] = {}  # number → genome and log-probabilities, until told
+        self._repeats = 0  # outcomes in a row that were known
         self._known: dict[bytes, None] = {}  # canonical genomes, the oldest first
 
     # ---- drawing ---------------------------------------------------------------------------------
@@ -118,17 +121,16 @@ class PolicyGradient(Strategy):
         return proposals
 
     def propose(self, draws: Draws) -> Genomes:
-        d, heat = len(self.domain.cardinalities), HEAT ** (REDRAWN * draws.attempt)
-        genomes = self.policy.sample(draws.uniform(d), heat)
+        d, flatter = len(self.domain.cardinalities), FLATTER ** (4 * draws.attempt + self._repeats)
+        genomes = self.policy.sample(draws.uniform(d))
         violation, hopeless = self._judge(genomes)
         left = np.flatnonzero(hopeless)
-        for more in (1, 2, 4, 8, 16):
+        for more, heat in ROUNDS:
             if not len(left):
                 break
             # Attempts from REDRAWS on are not the contract's: numbers that are drawn nowhere else.
             fresh = Draws(draws.seed, draws.index[left], REDRAWS * 2 * more + draws.attempt)
-            heat *= HEAT**more
-            flat = self.policy.sample(fresh.uniform(more * d).reshape(-1, d), heat)
+            flat = self.policy.sample(fresh.uniform(more * d).reshape(-1, d), heat * flatter)
             broken, hopeless = self._judge(flat)
             broken, hopeless = broken.reshape(-1, more), hopeless.reshape(-1, more)
             chosen = np.where(hopeless.all(axis=1), broken.argmin(axis=1), hopeless.argmin(axis=1))
@@ -158,10 +160,12 @@ class PolicyGradient(Strategy):
     def learn(self, outcomes: Outcomes) -> None:
         active = self.domain.active(outcomes.genomes)
         new = self._own(outcomes, active)
-        for row in np.where(active, outcomes.genomes, 0):
-            self._known[row.tobytes()] = None
+        keys = [row.tobytes() for row in np.where(active, outcomes.genomes, 0)]
+        self._repeats = min(MOST_REPEATS, self._repeats + sum(key in self._known for key in keys))
+        self._known.update(dict.fromkeys(keys))
         _forget(self._known, KNOWN)
         if len(new):
+            self._repeats = 0
             self.samples = self.samples.plus(new, self.memory)
             for _ in range(min(len(new), STEPS)):
                 self.improve(self.samples, utilities(self.samples.rewards))

@@ -30,7 +30,7 @@ class PPO(PolicyGradient):
     Args:
         policy: ``independent`` choices, or an ``lstm`` (:class:`~nas.strategies.lstm.Controller`).
         lr: Adam's step.
-        clip: ε.
+        clip: ε (0.2 in the paper, which has more samples).
         epochs: gradient steps for each new outcome of a tell, of which at most four count.
         batch: own samples that a step looks at, the latest.
         momentum: of the moving average of the utility, the baseline.
@@ -40,7 +40,7 @@ class PPO(PolicyGradient):
 
     def __init__(
         self, domain: Domain, seed: int = 0, *, policy: Literal["independent", "lstm"] = "independent",
-        lr: float = 0.05, clip: float = 0.2, epochs: int = 4, batch: int = 64, momentum: float = 0.5,
+        lr: float = 0.05, clip: float = 0.5, epochs: int = 4, batch: int = 128, momentum: float = 0.5,
         entropy: float = 0.1, entropy_decay: float = 0.99, hidden: int = 64,
     ) -> None:  # fmt: skip
         if not 0 < clip < 1 or epochs < 1:
