@@ -20,8 +20,8 @@ from nas.strategies.policies import Policy
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 ROUNDS = ((1, 1.0), (2, 1.1), (4, 1.25), (8, 1.6), (16, 2.5))  # of redrawing: how many, what divides the logits
-FLATTER = 1.1  # divides them further for each outcome in a row that was known
-MOST_REPEATS = 200
+FLATTER = 1.1  # divides them further for every outcome that was known beyond those that were new
+MOST_REPEATS = 30
 KNOWN = 4096  # genomes remembered as told
 WAITING = 100_000  # proposals remembered until they are told
 STEPS = 4  # gradient steps per tell, at most
@@ -62,7 +62,7 @@ class PolicyGradient(Strategy):
 
     **Drawing.** A draw that breaks a budget by its exact costs, or that was told before, cannot win: it is replaced
     by one of up to 31 more, in five rounds from ever flatter policies (logits divided by 1 to 2.5, and by more for as
-    long as the outcomes are known ones), so that a policy which has converged still finds something new, near to
+    long as most outcomes are known ones), so that a policy which has converged still finds something new, near to
     where it is at first. Where all are ruled out, what was told already or breaks the budgets least
     is proposed. So what is sampled is π conditioned on being able to win, π'. Its gradient is
     ∇log π' = ∇log π − ∇log Z, and the second term, the same for every sample, is cancelled in expectation by the
@@ -106,7 +106,7 @@ class PolicyGradient(Strategy):
         none = np.zeros((0, len(domain.cardinalities)))
         self.samples = Samples(none.astype(np.int64), none.astype(bool), none, np.zeros(0))
         self._asked_under: dict[int, tuple[bytes, Array]] = {}  # number → genome and log-probabilities, until told
-        self._repeats = 0  # outcomes in a row that were known
+        self._repeats = 0  # outcomes that were known less those that were new, lately
         self._known: dict[bytes, None] = {}  # canonical genomes, the oldest first
 
     # ---- drawing ---------------------------------------------------------------------------------
@@ -121,8 +121,9 @@ class PolicyGradient(Strategy):
         return proposals
 
     def propose(self, draws: Draws) -> Genomes:
-        d, flatter = len(self.domain.cardinalities), FLATTER ** (4 * draws.attempt + self._repeats)
-        genomes = self.policy.sample(draws.uniform(d))
+        d, flatter = len(self.domain.cardinalities), FLATTER ** (4 * draws.attempt)
+        genomes = self.policy.sample(draws.uniform(d), flatter)
+        flatter *= FLATTER**self._repeats
         violation, hopeless = self._judge(genomes)
         left = np.flatnonzero(hopeless)
         for more, heat in ROUNDS:
@@ -161,11 +162,11 @@ class PolicyGradient(Strategy):
         active = self.domain.active(outcomes.genomes)
         new = self._own(outcomes, active)
         keys = [row.tobytes() for row in np.where(active, outcomes.genomes, 0)]
-        self._repeats = min(MOST_REPEATS, self._repeats + sum(key in self._known for key in keys))
+        known = sum(key in self._known for key in keys)
+        self._repeats = max(0, min(MOST_REPEATS, self._repeats + 2 * known - len(keys)))
         self._known.update(dict.fromkeys(keys))
         _forget(self._known, KNOWN)
         if len(new):
-            self._repeats = 0
             self.samples = self.samples.plus(new, self.memory)
             for _ in range(min(len(new), STEPS)):
                 self.improve(self.samples, utilities(self.samples.rewards))
