@@ -90,7 +90,7 @@ class TeacherSection(Section):
 class StrategySection(OpenSection):
     """Strategy by name. Further keys go to it."""
 
-    kind: str = "evolution"
+    kind: str = "default"
 
 
 class RewardSection(OpenSection):
