@@ -203,7 +203,7 @@ def test_duplicates_are_one_member() -> None:
     assert strategy.genomes.tolist() == [[4, 0], [2, 0], [1, 0]]
 
 
-def told(strategy: Strategy, genomes: Genomes, quality: np.ndarray) -> None:
+def told(strategy: NSGA2, genomes: Genomes, quality: np.ndarray) -> None:
     assert strategy.domain.objective is not None
     costs = strategy.domain.objective.price(genomes)
     violation = strategy.domain.objective.violation(costs)
@@ -220,6 +220,14 @@ def test_objectives_by_name() -> None:
         NSGA2(priced(100.0), 0, objectives=["quality", "latency"])
     with pytest.raises(ExperimentError, match="some of reward, quality"):
         NSGA2(simple_domain([3, 3]), 0, objectives=[])
+
+
+def test_costs_that_nobody_knows_beforehand_are_objectives() -> None:
+    strategy = NSGA2(simple_domain([9, 9]), 0, population=3)
+    genomes = np.array([[0, 0], [1, 0], [2, 0], [3, 0]])
+    costs = np.array([[5.0], [1.0], [3.0], [4.0]])
+    strategy.tell(dataclasses.replace(outcomes(genomes, [0.9, 0.1, 0.5, 0.4]), costs=costs))
+    assert sorted(strategy.genomes[:, 0].tolist()) == [0, 1, 2]
 
 
 def test_a_front_spreads_wider_than_a_single_objective() -> None:

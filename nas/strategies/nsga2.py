@@ -34,9 +34,12 @@ class NSGA2(Strategy):
     Args:
         population: members kept.
         crossover: probability of a second parent.
-        objectives: what to maximise or, costs, to minimise: ``reward``, ``quality``, and names of costs. The reward
-            alone serves a search for one candidate; ``[quality, latency_ms]`` a search for a whole front.
+        objectives: what to maximise or, costs, to minimise: ``reward``, ``quality``, and names of costs. By default
+            the reward alone, which finds one candidate within a budget sooner than a front does; for a front
+            ``[quality, latency_ms]``. Where prices are not known beforehand, by default the quality and every cost.
     """
+
+    multi_objective = True
 
     def __init__(
         self,
@@ -45,24 +48,16 @@ class NSGA2(Strategy):
         *,
         population: int = 20,
         crossover: float = 0.9,
-        objectives: Sequence[str] = ("reward",),
+        objectives: Sequence[str] | None = None,
     ) -> None:
         super().__init__(domain, seed)
         if population < 2:
             raise ExperimentError(f"strategy: population {population}.", expected="at least 2")
         check_variation(domain, crossover)
-        names = domain.objective.costs if domain.objective is not None else ()
-        unknown = [name for name in objectives if name not in ("reward", "quality", *names)]
-        if unknown or not objectives:
-            raise ExperimentError(
-                f"strategy: objectives {list(objectives)}.",
-                expected=f"some of {', '.join(('reward', 'quality', *names))}",
-            )
-        self.size, self.crossover, self.objectives = population, crossover, tuple(objectives)
+        self.size, self.crossover = population, crossover
+        self.objectives = _objectives(domain, objectives)
         self._told = 0
-        self._keep(
-            np.zeros((0, len(domain.cardinalities)), dtype=np.int64), np.zeros((0, len(objectives))), np.zeros(0)
-        )
+        self._keep(np.zeros((0, len(domain.cardinalities)), dtype=np.int64), np.zeros((0, 0)), np.zeros(0))
 
     def propose(self, draws: Draws) -> Genomes:
         filling = (self.violation == 0).sum() < self.size and self._told < PATIENCE * self.size
@@ -77,7 +72,8 @@ class NSGA2(Strategy):
             return
         new = outcomes.rows(useful)
         genomes = np.concatenate([self.genomes, new.genomes])
-        values = np.concatenate([self.values, self._values(new)])
+        found = self._values(new)
+        values = np.concatenate([self.values.reshape(-1, found.shape[1]), found])
         violation = np.concatenate([self.violation, new.violation])
         # A duplicate of a member, or of another newcomer, is told again and again: it stays one member.
         keys = [row.tobytes() for row in self.domain.canonical(genomes)]
@@ -87,10 +83,13 @@ class NSGA2(Strategy):
     def _values(self, outcomes: Outcomes) -> Array:
         """Objectives ``[n, objectives]``, all to be maximised; 0 where there was no training: there, only the violation
         counts."""
-        known = {"reward": outcomes.reward, "quality": outcomes.quality}
-        if self.domain.objective is not None:
-            known |= {name: -outcomes.costs[:, i] for i, name in enumerate(self.domain.objective.costs)}
-        values = np.stack([known[name] for name in self.objectives], axis=1)
+        if self.objectives is None:
+            values = np.column_stack([outcomes.quality, -outcomes.costs])
+        else:
+            names = self.domain.objective.costs if self.domain.objective is not None else ()
+            known = {"reward": outcomes.reward, "quality": outcomes.quality}
+            known |= {name: -outcomes.costs[:, i] for i, name in enumerate(names)}
+            values = np.stack([known[name] for name in self.objectives], axis=1)
         return np.where(outcomes.scored[:, None], values, 0.0)
 
     def _keep(self, genomes: Genomes, values: Array, violation: Array) -> None:
@@ -109,6 +108,16 @@ class NSGA2(Strategy):
         a, b = draws.integers([len(self.rank)] * 2).T
         closer = (self.rank[b] == self.rank[a]) & (self.distance[b] > self.distance[a])
         return self.genomes[np.where((self.rank[b] < self.rank[a]) | closer, b, a)]
+
+
+def _objectives(domain: Domain, wanted: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Names that are known; None for the quality and every cost, whatever their names."""
+    if wanted is None:
+        return None if domain.objective is None else ("reward",)
+    names = ("reward", "quality", *(domain.objective.costs if domain.objective is not None else ()))
+    if not wanted or not set(wanted) <= set(names):
+        raise ExperimentError(f"strategy: objectives {list(wanted)}.", expected=f"some of {', '.join(names)}")
+    return tuple(wanted)
 
 
 def dominates(values: Array, violation: Array) -> Bools:
