@@ -18,7 +18,7 @@ from nas.strategies.warp import Warp
 
 Array = npt.NDArray[np.float64]
 SAMPLE = 2_000
-FIRST_STEPS, STEPS = 40, 10
+FIRST_STEPS, STEPS = 80, 10
 SURE_FROM, SURE = 20, 0.1
 EARLIER_ROWS = 500
 FAR, BISECTIONS = 8.0, 24
