@@ -267,11 +267,6 @@ class Posterior:
         assert self.pool is not None
         return self._mean(self.pool, self._across, y), self._spread(self._explained)
 
-    def left_out(self, y: Array) -> Array:
-        """Prediction of each datum by all the others (Rasmussen & Williams 2006, equation 5.12), ``[n]``."""
-        inverse = self._whiten.T @ self._whiten
-        return np.asarray(y - inverse @ (y - self.data[2]) / np.diagonal(inverse))
-
     def _mean(self, at: Embedded, across: Array, y: Array) -> Array:
         return np.asarray(at[2] + (self._whiten @ (y - self.data[2])) @ across)
 

@@ -19,9 +19,8 @@ from nas.strategies.warp import Warp
 Array = npt.NDArray[np.float64]
 SAMPLE = 2_000
 FIRST_STEPS, STEPS = 80, 10
-SURE_FROM, SURE = 20, 0.1
 EARLIER_ROWS = 500
-FAR, BISECTIONS = 8.0, 24
+FAR, BISECTIONS = 60.0, 30
 
 
 class Archive:
@@ -202,7 +201,6 @@ class QualityModel:
             self.process.embed(encoded, data.known),
             None if everything is None else self._embed(everything),
         )
-        self.sure = self._sure()
 
     def _embed(self, pool: Pool) -> Embedded:
         return self.process.embed(self.process.encode(pool.genomes), pool.known)
@@ -212,14 +210,6 @@ class QualityModel:
         values = self.archive.values[self.rows]
         self.warp = Warp(values)
         return np.concatenate([self.warp(values), self._believed])
-
-    def _sure(self) -> bool:
-        """Whether the model predicts what it is not shown better than chance; too few data are no evidence."""
-        y = self._y()
-        if len(y) < SURE_FROM or y.std() == 0:
-            return True
-        predicted = self.posterior.left_out(y)
-        return bool(predicted.std() > 0 and np.corrcoef(predicted, y)[0, 1] > SURE)
 
     def catch_up(self) -> None:
         """Take in what the archive has got since, without fitting again."""

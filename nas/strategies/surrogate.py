@@ -48,8 +48,7 @@ class Surrogate(Strategy):
 
     Spaces of up to 20,000 genomes are searched exhaustively. In larger ones a fresh instance of the wrapped strategy
     searches: it is told the best candidates so far and then the model's word on thousands. One such search serves
-    2 % as many proposals as there are outcomes, so that its cost per proposal falls as they grow. Where the model
-    predicts what it was not shown no better than chance, the wrapped strategy proposes by itself, from real outcomes.
+    2 % as many proposals as there are outcomes, so that its cost per proposal falls as they grow.
 
     Outcomes of earlier searches are modelled by a process of their own; what it predicts is one more thing known of
     a candidate beforehand, which counts as much as the new outcomes bear it out. A failed candidate counts as the
@@ -84,8 +83,7 @@ class Surrogate(Strategy):
             )
         self.inner, self.settings = strategies.get(inner), dict(LARGE.get(inner, {}) if settings is None else settings)
         self.initial, self.steps, self.memory = initial, steps, memory
-        self.plain = construct(self.inner, settings or {}, domain, seed, where="strategy.settings")
-        self._lent: dict[int, int] = {}  # our number of a proposal that was the plain strategy's → its own
+        self._inner(domain, seed)  # settings that it refuses are said at once
         self.archive = Archive(len(domain.cardinalities))
         self._earlier: list[Outcomes] = []
         self._known: Foresight | None = None
@@ -100,7 +98,6 @@ class Surrogate(Strategy):
     # ---- telling ------------------------------------------------------------------------------
 
     def learn(self, outcomes: Outcomes) -> None:
-        self._tell_plain(outcomes)
         earlier = outcomes.source == EARLIER
         if (earlier & outcomes.scored).any():
             self._earlier.append(outcomes.rows(earlier & outcomes.scored))
@@ -115,15 +112,6 @@ class Surrogate(Strategy):
         if rows.any():
             self.archive.add(self.domain.canonical(outcomes.genomes[rows]), values[rows])
 
-    def _tell_plain(self, outcomes: Outcomes) -> None:
-        """The plain strategy hears everything; only what it proposed itself is a sample of its own."""
-        own = np.array([self._lent.pop(int(i), -1) for i in outcomes.index], dtype=np.int64)
-        source = np.where((own < 0) & (outcomes.source != EARLIER), ENQUEUED, outcomes.source)
-        o = outcomes
-        self.plain.tell(
-            Outcomes(own, o.genomes, o.quality, o.costs, o.violation, o.reward, o.fidelity, o.status, source)
-        )
-
     # ---- asking -------------------------------------------------------------------------------
 
     def propose(self, draws: Draws) -> Genomes:
@@ -133,13 +121,7 @@ class Surrogate(Strategy):
             random = len(draws)  # repeats something under way: the space may be nearly exhausted
         chosen = [*self._random(draws.generator(), random)]
         if random < len(draws):
-            model = self._updated()
-            if model.sure:
-                chosen += self._choose(model, len(draws) - random, draws)
-            else:
-                asked = self.plain.ask(len(draws) - random)
-                self._lent |= dict(zip(draws.index[random:].tolist(), asked.index.tolist(), strict=True))
-                chosen += [*asked.genomes]
+            chosen += self._choose(self._updated(), len(draws) - random, draws)
         return np.array(chosen, dtype=np.int64).reshape(len(draws), len(self.domain.cardinalities))
 
     def _random(self, rng: np.random.Generator, n: int) -> Genomes:
@@ -156,7 +138,7 @@ class Surrogate(Strategy):
             after = self._violation(moved)
             better = after < violation
             found, violation = np.where(better[:, None], moved, found), np.where(better, after, violation)
-        return found[np.argsort(violation > 0, kind="stable")[:n]]
+        return found[np.argsort(violation, kind="stable")[:n]]
 
     def _violation(self, genomes: Genomes) -> Array:
         objective = self.domain.objective
