@@ -339,7 +339,7 @@ def test_dormant_parameters_are_proposed_all_the_same() -> None:
     space = study.sampler.infer_relative_search_space(study, study.trials[0])
     assert list(space) == ["height", "kind", "slope"]
     assert all(set(t.params) < set(space) for t in study.trials)
-    assert study.best_value == pytest.approx(1e-3)
+    assert study.best_value < 2e-3  # the lowest values of a grid of 65, from 1e-3 to 10
 
 
 def test_a_parameter_whose_range_changes_is_drawn_at_random() -> None:

@@ -173,7 +173,7 @@ def test_a_search_is_resumed_without_training_anything_again(tmp_path: Path) -> 
     space = TinySpace()
     estimator = tiny_estimator(space)
     reward, limit = MnasNetHard(0.02), latency_limit(estimator, 0.5)
-    known = objective(estimator, (limit,), reward, "latency_ms")
+    known = objective(estimator, (limit,), reward)
     trained: list[Genomes] = []
 
     def search(trials: int) -> list[str]:

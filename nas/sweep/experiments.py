@@ -115,7 +115,7 @@ class ExperimentRunner:
         limits = job.limits(whole)
         costs = {
             "latency_ms": winner["p50_ms"], "latency_p95_ms": winner["p95_ms"], "size_bytes": winner["size_bytes"],
-            **winner["predicted_elsewhere"],
+            **winner.get("predicted_elsewhere", {}),
         }  # fmt: skip
         matrix, names = [list(costs.values())], tuple(costs)
         broken = violation(matrix, names, limits)[0]
