@@ -326,7 +326,18 @@ def _validated(schema: type[S], raw: dict[str, Any], origin: str) -> S:
 
 
 def _read(source: str | Path) -> tuple[dict[str, Any], str]:
-    path = content.find("experiments", source)
+    path, raw = read_mapping("experiments", source)
+    return raw, str(path)
+
+
+def read_mapping(kind: str, source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """A YAML file of that kind of content, by name or path, and what it holds; its name is the file's by default.
+
+    Raises:
+        ExperimentError: it is no mapping in YAML.
+        ContentError: there is no such file.
+    """
+    path = content.find(kind, source)
     try:
         raw = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -334,7 +345,7 @@ def _read(source: str | Path) -> tuple[dict[str, Any], str]:
     if not isinstance(raw, dict):
         raise ExperimentError(f"{path} holds {type(raw).__name__}.", expected="a mapping of keys")
     raw.setdefault("name", path.stem)
-    return raw, str(path)
+    return path, raw
 
 
 def _copy(raw: dict[str, Any]) -> dict[str, Any]:

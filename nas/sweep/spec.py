@@ -14,9 +14,8 @@ import numpy as np
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from nas import content
 from nas.errors import ExperimentError
-from nas.experiment import Section, explain
+from nas.experiment import Section, explain, read_mapping
 
 SCHEMA = "docs/sweep.md"
 Goal = Literal["maximize", "minimize"]
@@ -217,14 +216,7 @@ def text(value: Any) -> str:
 
 
 def _read(source: str | Path) -> tuple[dict[str, Any], str]:
-    path = content.find("experiments/sweeps", source)
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ExperimentError(f"{path} is no valid YAML: {error}.") from error
-    if not isinstance(raw, dict):
-        raise ExperimentError(f"{path} holds {type(raw).__name__}.", expected="a mapping of keys")
-    raw.setdefault("name", path.stem)
+    path, raw = read_mapping("experiments/sweeps", source)
     if isinstance(name := raw.get("experiment"), str) and (beside := path.parent / name).is_file():
         here = Path.cwd()
         raw["experiment"] = str(beside.relative_to(here) if beside.is_relative_to(here) else beside)
