@@ -566,7 +566,7 @@ def test_a_killed_sweep_goes_on(place: Path) -> None:
         journal.write('{"op_code": 4, "tri')  # the line that a crash tore
     (place / "hold").unlink()
     refused = start(place)
-    assert "holds a sweep already" in refused.communicate(timeout=60)[0]
+    assert "holds a sweep already" in refused.communicate(timeout=300)[0]
     assert refused.returncode == 2
     said = finish(start(place, "--resume"))
     assert "torn by a crash" in said
@@ -588,7 +588,7 @@ def test_ctrl_c_loses_nothing(place: Path) -> None:
     process = start(place)
     pids = [pid for found in until(begun(out, 2)).values() for pid in found]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to all of them
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "go on with --resume" in said
     assert "Traceback" not in said
@@ -640,7 +640,7 @@ with cache_lock(thing):
 def test_what_is_cached_is_built_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BUILDER, str(tmp_path / "thing")]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert sorted(process.communicate(timeout=60)[0] for process in both) == ["", "", "built\n"]
+    assert sorted(process.communicate(timeout=300)[0] for process in both) == ["", "", "built\n"]
     with cache_lock(tmp_path / "thing"), pytest.raises(BlockingIOError):
         file_lock(tmp_path / ".thing.lock", wait=False).__enter__()
 
