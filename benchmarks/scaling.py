@@ -251,7 +251,7 @@ def mobile_domain(space: SearchSpace) -> Domain:
     """As a search makes it, with a budget that half of the space meets."""
     pricer = AdditiveEstimator(space, synthetic_table(space), ("latency_ms",))
     limit = float(np.median(pricer.price(space.sample(np.random.default_rng(0), 2000))))
-    known = objective(pricer, (Limit("latency_ms", limit),), MnasNetHard(limit), "latency_ms")
+    known = objective(pricer, (Limit("latency_ms", limit),), MnasNetHard(limit))
     ordered = np.array([choice.ordered for choice in space.choices])
     return Domain(space.cardinalities, ordered, space.active, space.kinds, known)
 
