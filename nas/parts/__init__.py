@@ -1,0 +1,29 @@
+"""Parts: pure descriptions of what the runtime executes, each with its key, its costs and an ONNX to profile."""
+
+from nas.parts.base import OPSET, PRECISIONS, GraphWriter, Op, Part, Shape, Weightless
+from nas.parts.vision import (
+    AddInput,
+    Boundary,
+    Conv,
+    GlobalAveragePool,
+    Normalize,
+    Resize,
+    resize_scales,
+)
+
+__all__ = [
+    "OPSET",
+    "PRECISIONS",
+    "AddInput",
+    "Boundary",
+    "Conv",
+    "GlobalAveragePool",
+    "GraphWriter",
+    "Normalize",
+    "Op",
+    "Part",
+    "Resize",
+    "Shape",
+    "Weightless",
+    "resize_scales",
+]
