@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from nas.files import digest
-from nas.latency.runtimes import runtimes
+from nas.latency.runtimes import Runner, runtimes
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Device:
         name: for people; the default says CPU, runtime and threads.
         cpu, cores: hardware.
         runtime, runtime_version, threads, batch: scenario.
+        provider, graph: what executes within the runtime, and how far it may rewrite graphs; "" is its default.
+        accelerator: hardware beside the processor that executes; "" where there is none.
     """
 
     name: str
@@ -30,15 +34,41 @@ class Device:
     runtime_version: str
     threads: int
     batch: int
+    provider: str = ""
+    graph: str = ""
+    accelerator: str = ""
 
     @classmethod
-    def local(cls, *, threads: int = 1, batch: int = 1, runtime: str = "onnxruntime", name: str = "") -> Device:
-        """This machine with the given scenario."""
+    def local(
+        cls,
+        *,
+        threads: int = 1,
+        batch: int = 1,
+        runtime: str = "onnxruntime",
+        provider: str = "",
+        graph: str = "",
+        name: str = "",
+    ) -> Device:
+        """This machine with the given scenario.
+
+        Raises:
+            ContentError: there is no such runtime.
+            TableError: the runtime has no such provider or graph level here.
+            ExtraError: the runtime's package is not installed.
+        """
         cpu = cpu_model()
-        version = runtimes.get(runtime)().version()
-        slug = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
+        opened = runtimes.get(runtime)(provider, graph)
+        slug = re.sub(r"[^a-z0-9]+", "-", (opened.accelerator() or cpu).lower()).strip("-")
         default = f"{slug}-{runtime}-t{threads}" + (f"-b{batch}" if batch > 1 else "")
-        return cls(name or default, cpu, os.cpu_count() or 1, runtime, version, threads, batch)
+        return cls(
+            name or default, cpu, os.cpu_count() or 1, runtime, opened.version(), threads, batch, provider, graph,
+            opened.accelerator(),
+        )  # fmt: skip
+
+    def load(self, model: onnx.ModelProto) -> Runner:
+        """``model``, ready to run in this device's scenario."""
+        runtime = runtimes.get(self.runtime)(self.provider, self.graph)
+        return runtime.load(model, threads=self.threads, batch=self.batch)
 
     @property
     def fingerprint(self) -> str:

@@ -22,7 +22,23 @@ class Runner(abc.ABC):
 
 
 class Runtime(abc.ABC):
-    """Executes ONNX models on this machine."""
+    """Executes ONNX models on this machine.
+
+    Args:
+        provider: what executes within the runtime (an execution provider, a torch device); "" is its default.
+        graph: how far the runtime may rewrite the graph; "" is everything that it can do.
+
+    Raises:
+        TableError: this runtime has no such provider here, or no such graph level.
+        ExtraError: the runtime's package is not installed.
+    """
+
+    def __init__(self, provider: str = "", graph: str = "") -> None:
+        self.provider, self.graph = provider, graph
+
+    def accelerator(self) -> str:
+        """Name of the hardware beside the processor that executes, such as a GPU's; "" where there is none."""
+        return ""
 
     @abc.abstractmethod
     def version(self) -> str:
