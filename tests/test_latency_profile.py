@@ -71,7 +71,7 @@ def test_provenance(table: LatencyTable, tmp_path: Path) -> None:
     assert set(table.fits) == set(table.errors) == {"latency_ms", "latency_p95_ms", "size_bytes"}
     assert table.noise >= 0
     for net in table.nets:
-        assert min(net["measured_ms"], net["plain_sum_ms"]) > 0
+        assert min(net.measured_ms, net.plain_sum_ms, net.p95_ms, net.size_bytes) > 0
     text = describe(table)
     assert table.name in text
     assert f"{len(table.entries)} parts" in text

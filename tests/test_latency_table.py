@@ -81,9 +81,9 @@ def test_times_that_are_no_times_are_refused(path: Path, field: str, value: floa
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        ("schema 1 in milliseconds", lambda raw: raw.update(unit="s")),
-        ("schema 1 in milliseconds", lambda raw: raw.update(schema_version=2)),
-        ("schema 1 in milliseconds", lambda raw: raw.pop("unit")),
+        ("schema 2 in milliseconds", lambda raw: raw.update(unit="s")),
+        ("schema 2 in milliseconds", lambda raw: raw.update(schema_version=3)),
+        ("schema 2 in milliseconds", lambda raw: raw.pop("unit")),
         ("'device'", lambda raw: raw.pop("device")),
         ("'p95'", lambda raw: first_entry(raw).pop("p95")),
         ("garbles", lambda raw: first_entry(raw).update(value="fast")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -12,10 +12,10 @@ import onnx
 from nas import __version__
 from nas.latency.device import Device
 from nas.latency.estimator import part_value
-from nas.latency.fit import features, fit
+from nas.latency.fit import features, fit, plain_sums
 from nas.latency.measure import AGGREGATORS, Measurement, Progress, interleave
 from nas.latency.runtimes import Runner, runtimes
-from nas.latency.table import Entry, LatencyTable
+from nas.latency.table import Entry, LatencyTable, Net
 from nas.locks import timing_lock
 from nas.parts import Conv, Part
 from nas.space import Genomes, SearchSpace
@@ -126,13 +126,23 @@ def _assemble(
             x = features([[(part, part_value(table, part, cost)) for part in net.parts] for net in nets])
             table.fits[cost], table.errors[cost], predicted = fit(x, y)
             if cost == "latency_ms":
-                plain = x[:, : x.shape[1] // 2].sum(axis=1)
+                sums = plain_sums(x)
                 table.nets.extend(
-                    {"predicted_ms": float(p), "measured_ms": float(m), "plain_sum_ms": float(s)}
-                    for p, m, s in zip(predicted, y, plain, strict=True)
-                )
+                    Net(
+                        _counts(net.parts), float(y[i]), float(measured["latency_p95_ms"][i]),
+                        float(measured["size_bytes"][i]), float(predicted[i]), float(sums[i]),
+                    )
+                    for i, net in enumerate(nets)
+                )  # fmt: skip
         tables.append(table)
     return min(tables, key=lambda t: t.errors["latency_ms"].mape)
+
+
+def _counts(parts: Iterable[Part]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for part in parts:
+        counts[part.key] = counts.get(part.key, 0) + part.count
+    return counts
 
 
 def describe(table: LatencyTable) -> str:

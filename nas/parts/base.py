@@ -7,6 +7,7 @@ numbers in the profiled ONNX are random, because time does not depend on them.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,6 +107,11 @@ class Part:
     def weight_bytes(self) -> int:
         """Bytes of the stored parameters of all copies: 4 a parameter in fp32, 1 in int8."""
         return self.params * (1 if self.precision == "int8" else 4)
+
+    @cached_property
+    def traffic(self) -> int:
+        """Elements that one copy reads from and hands to its neighbours, one sample."""
+        return math.prod(self.shape) + math.prod(self.out_shape)
 
     def to_onnx(self, batch: int = 1) -> onnx.ModelProto:
         """A runnable model of one copy with random weights, input and output in the part's own precision."""
