@@ -11,8 +11,8 @@ import pytest
 from nas.errors import ContentError
 from nas.latency import Device
 from nas.latency.device import cpu_model
-from nas.latency.runtimes import OnnxRuntimeCpu, runtimes
-from nas.latency.runtimes.onnxruntime_cpu import session_options
+from nas.latency.runtimes import OnnxRuntime, runtimes
+from nas.latency.sessions import session_options
 from nas.parts import Boundary, Conv, Part
 
 PART = Part((Conv(8, 3, activation="relu6"),), (4, 8, 8))
@@ -57,7 +57,7 @@ def test_every_runtime_loads_and_runs(kind: str, batch: int) -> None:
 
 
 def test_inputs_have_the_type_and_batch_that_the_model_asks_for() -> None:
-    runtime = OnnxRuntimeCpu()
+    runtime = OnnxRuntime()
     for part, kind in ((Part((Boundary("quantize"),), (4, 2, 2), "boundary"), np.float32),
                        (Part((Boundary("dequantize"),), (4, 2, 2), "boundary"), np.uint8)):  # fmt: skip
         (feed,) = runtime.load(part.to_onnx(3), threads=1, batch=3).feed.values()  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 
 from nas.errors import SpaceError
-from nas.latency.runtimes import OnnxRuntimeCpu
+from nas.latency.runtimes import OnnxRuntime
 from nas.parts import (
     AddInput,
     Boundary,
@@ -130,7 +130,7 @@ def test_int8_parts_run_and_fuse(name: str) -> None:
     assert (x.dtype, y.dtype) == (np.uint8, np.uint8)
     assert y.shape == (2, *part.out_shape)
     assert y.std() > 0
-    fused = OnnxRuntimeCpu().load(part.to_onnx(1), threads=1, batch=1).fused()
+    fused = OnnxRuntime().load(part.to_onnx(1), threads=1, batch=1).fused()
     convolutions = sum(isinstance(op, Conv) for op in part.ops)
     assert fused.get("QLinearConv") == convolutions
     assert "Conv" not in fused
@@ -140,7 +140,7 @@ def test_int8_parts_run_and_fuse(name: str) -> None:
 
 
 def test_float_parts_fuse_their_activation() -> None:
-    fused = OnnxRuntimeCpu().load(PARTS["conv"].to_onnx(1), threads=1, batch=1).fused()
+    fused = OnnxRuntime().load(PARTS["conv"].to_onnx(1), threads=1, batch=1).fused()
     assert "Clip" not in fused
 
 
