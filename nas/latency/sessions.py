@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def provider_name(name: str) -> str:
     short, colon, index = name.partition(":")
     known = {p.removesuffix("ExecutionProvider").lower(): p for p in ort.get_available_providers()}
     found = known.get(short.removesuffix("ExecutionProvider").lower(), CPU if not short else "")
-    if not found or (colon and not index.isdigit()):
+    if not found or (colon and not (short and index.isdigit())):
         raise SessionError(
             f"onnxruntime {ort.__version__} has no provider {name!r} here.",
             f"one of {', '.join(ort.get_available_providers())}, where there are several devices with ':NUMBER'",
@@ -121,11 +122,12 @@ class Session:
                 )
             described = [(value.name, value.shape, DTYPES[value.type]) for value in self.session.get_inputs()]
             self.feed = random_inputs(described, batch)
-            self._run = (
-                on_device(self.session, self.feed, ON_DEVICE[name], int(index or 0))
-                if name in ON_DEVICE
-                else lambda: self.session.run(None, self.feed)
-            )
+            if name in ON_DEVICE:
+                self._run = partial(
+                    run_bound, self.session, bind(self.session, self.feed, ON_DEVICE[name], int(index or 0))
+                )
+            else:
+                self._run = partial(self.session.run, None, self.feed)
             self._run()
             self._fused = _executed(Path(self.session.end_profiling()), name)
 
@@ -171,21 +173,20 @@ def random_inputs(
     }
 
 
-def on_device(
-    session: ort.InferenceSession, feed: dict[str, npt.NDArray[Any]], device: str, index: int
-) -> Callable[[], None]:
-    """A run whose inputs and outputs stay on the device: no copy is timed, and it returns when the work is done."""
+def bind(session: ort.InferenceSession, feed: dict[str, npt.NDArray[Any]], device: str, index: int) -> Any:
+    """Inputs put on the device, outputs left there: no copy is timed."""
     binding = session.io_binding()
     for name, array in feed.items():
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, index))
     for output in session.get_outputs():
         binding.bind_output(output.name, device, index)
+    return binding
 
-    def run() -> None:
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
 
-    return run
+def run_bound(session: ort.InferenceSession, binding: Any) -> None:
+    """One inference on bound tensors, done when it returns."""
+    session.run_with_iobinding(binding)
+    binding.synchronize_outputs()
 
 
 def _executed(profile: Path, provider: str) -> dict[str, int]:

@@ -57,7 +57,8 @@ class Runtime(abc.ABC):
     precisions: tuple[str, ...] = PRECISIONS
 
     def __init__(self, provider: str = "", graph: str = "") -> None:
-        self.provider, self.graph = self.find_provider(provider), self.find_graph(graph)
+        self.provider = self.find_provider(provider)
+        self.graph = self.find_graph(graph)  # which may depend on the provider
 
     def find_provider(self, name: str) -> str:
         """The one name of a provider, "" for the default; raises TableError where there is none."""

@@ -62,7 +62,7 @@ class Torch(Runtime):
 
         inputs = random_inputs(model, batch)
         module = to_torch(model, inputs).to(self.provider or "cpu")
-        executed = Counter(node.target.__name__ for node in module.graph.nodes if node.op == "call_function")  # type: ignore[union-attr]
+        executed = Counter(node.target.__name__ for node in module.graph.nodes if node.op == "call_function")
         tensors = [torch.from_numpy(array).to(self.provider or "cpu") for array in inputs.values()]
         kind = _CudaRunner if self.provider else _Runner
         return self.prepare(kind(module, tensors, threads, dict(executed)))
