@@ -11,7 +11,8 @@ from typing import Any
 import onnx
 
 from nas.files import digest
-from nas.latency.hardware import cpu_model, governor, memory_bytes, operating_system
+from nas.latency.energy import Absent, Meter, nvml, rapl
+from nas.latency.hardware import cpu_model, governor, memory_bytes, operating_system, visible_gpu
 from nas.latency.runtimes import Runner, runtimes
 
 PROVENANCE = ("name", "memory_bytes", "system", "governor")
@@ -76,6 +77,12 @@ class Device:
         """``model``, ready to run in this device's scenario."""
         runtime = runtimes.get(self.runtime)(self.provider, self.graph)
         return runtime.load(model, threads=self.threads, batch=self.batch)
+
+    def energy_meter(self) -> Meter | Absent:
+        """What counts this device's joules on this machine, or why nothing does."""
+        if not self.accelerator:
+            return rapl()
+        return nvml(visible_gpu(int(self.provider.partition(":")[2] or 0)), self.accelerator)
 
     @property
     def fingerprint(self) -> str:

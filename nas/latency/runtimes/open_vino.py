@@ -12,7 +12,8 @@ import onnx
 from nas.errors import ExtraError, TableError
 from nas.latency.runtimes.base import Runner, Runtime, random_inputs, runtimes
 
-PRECISIONS = {"": "f32", "f16": "f16", "bf16": "bf16"}
+#: Graph level → OpenVINO's name of the precision, and of the capability that a device must list for it.
+PRECISIONS = {"": ("f32", "FP32"), "f16": ("f16", "FP16"), "bf16": ("bf16", "BF16")}
 
 
 @runtimes.register("openvino")
@@ -43,10 +44,11 @@ class OpenVino(Runtime):
 
     def find_graph(self, level: str) -> str:
         level = "" if level == "f32" else level
-        if level not in PRECISIONS or (level and level.upper() not in self._capabilities()):
+        capabilities = list(self.core.get_property(self._device, "OPTIMIZATION_CAPABILITIES"))
+        if level not in PRECISIONS or PRECISIONS[level][1] not in capabilities:
             raise TableError(
                 f"OpenVINO does not compute in {level!r} on {self._device}.",
-                expected=f"f32, or f16 or bf16 where the device has it ({', '.join(self._capabilities())})",
+                expected=f"f32, or f16 or bf16 where the device has it; it has {', '.join(capabilities)}",
             )
         return level
 
@@ -61,7 +63,7 @@ class OpenVino(Runtime):
         read = self.core.read_model(model.SerializeToString())
         read.reshape({name: list(array.shape) for name, array in inputs.items()})
         config: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_PRECISION_HINT": PRECISIONS[self.graph],
+            "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_PRECISION_HINT": PRECISIONS[self.graph][0],
         }  # fmt: skip
         if self._device == "CPU":
             config["INFERENCE_NUM_THREADS"] = threads
@@ -70,9 +72,6 @@ class OpenVino(Runtime):
     @property
     def _device(self) -> str:
         return self.provider or "CPU"
-
-    def _capabilities(self) -> list[str]:
-        return list(self.core.get_property(self._device, "OPTIMIZATION_CAPABILITIES"))
 
 
 class _Runner(Runner):
