@@ -15,7 +15,7 @@ from torch import nn
 
 from nas.compression import apply_passes
 from nas.compression.quantize import ActivationQuantizer, QuantConv2d
-from nas.latency.runtimes import OnnxRuntimeCpu
+from nas.latency.runtimes import OnnxRuntime
 from nas.student.export import INPUT, OUTPUT, deployable, export_float, onnx_macs_params, to_onnx
 
 PLAN = {"channel_prune": {"stem.conv": 8}, "quantize": {"stem.conv": 8, "body.conv": 8, "head": 8}}
@@ -125,7 +125,7 @@ def test_grouped_convolutions_are_counted() -> None:
 
 def test_the_whole_model_really_runs_in_int8(compressed: nn.Module) -> None:
     exported = to_onnx(compressed, PLAN, images(), images().numpy())
-    fused = OnnxRuntimeCpu().load(exported, threads=1, batch=1).fused()
+    fused = OnnxRuntime().load(exported, threads=1, batch=1).fused()
     assert fused["QLinearConv"] == 3
     assert "Conv" not in fused
     assert fused["QLinearGlobalAveragePool"] == 1

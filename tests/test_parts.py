@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 
 from nas.errors import SpaceError
-from nas.latency.runtimes import OnnxRuntimeCpu
+from nas.latency.runtimes import OnnxRuntime
 from nas.parts import (
     AddInput,
     Boundary,
@@ -89,6 +89,32 @@ def test_what_has_no_weights_has_no_macs(name: str) -> None:
     assert (part.macs, part.params, part.weight_bytes) == (0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("part", "numbers"),
+    [
+        (PARTS["conv"], 8 * 64 + 16 * 64),
+        (PARTS["conv stride"], 8 * 81 + 16 * 25),
+        # at the depthwise convolution: its input and output, and the 16 channels that the residual adds later
+        (PARTS["bottleneck"], (48 + 48 + 16) * 64),
+        (Part((Conv(4, 1), Conv(16, 1), AddInput()), (16, 8, 8)), (16 + 16 + 16) * 64),
+        (Part((AddInput(), Conv(4, 1)), (16, 8, 8)), (16 + 16) * 64),
+        (Part((Conv(16, 1), AddInput(), Conv(48, 1)), (16, 8, 8)), (16 + 48) * 64),
+        (Part((Conv(16, 1), Conv(16, 1), AddInput()), (16, 8, 8)), (16 + 16 + 16) * 64),
+        (PARTS["head"], 16 * 64 + 16),
+        (FLOAT_ONLY["resize"], 3 * 64 + 3 * 144),
+    ],
+)
+def test_peak_activations_by_hand(part: Part, numbers: int) -> None:
+    assert part.peak_bytes() == 4 * numbers
+    assert part.peak_bytes(batch=3) == 3 * 4 * numbers
+    assert int8(part).peak_bytes(2) == 2 * numbers
+
+
+def test_a_boundary_has_one_side_of_floats() -> None:
+    for part in BOUNDARIES.values():
+        assert part.peak_bytes() == (4 + 1) * 16 * 64
+
+
 def test_keys_say_everything_but_the_count() -> None:
     part = PARTS["bottleneck"]
     assert part.key == "fp32 16x8x8 conv48k1.relu6 dw48k3.relu6 conv16k1 +in"
@@ -130,7 +156,7 @@ def test_int8_parts_run_and_fuse(name: str) -> None:
     assert (x.dtype, y.dtype) == (np.uint8, np.uint8)
     assert y.shape == (2, *part.out_shape)
     assert y.std() > 0
-    fused = OnnxRuntimeCpu().load(part.to_onnx(1), threads=1, batch=1).fused()
+    fused = OnnxRuntime().load(part.to_onnx(1), threads=1, batch=1).fused()
     convolutions = sum(isinstance(op, Conv) for op in part.ops)
     assert fused.get("QLinearConv") == convolutions
     assert "Conv" not in fused
@@ -140,7 +166,7 @@ def test_int8_parts_run_and_fuse(name: str) -> None:
 
 
 def test_float_parts_fuse_their_activation() -> None:
-    fused = OnnxRuntimeCpu().load(PARTS["conv"].to_onnx(1), threads=1, batch=1).fused()
+    fused = OnnxRuntime().load(PARTS["conv"].to_onnx(1), threads=1, batch=1).fused()
     assert "Clip" not in fused
 
 

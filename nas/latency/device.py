@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx
 
 from nas.files import digest
+from nas.latency.energy import Absent, Meter, nvml, rapl
+from nas.latency.hardware import cpu_model, governor, memory_bytes, operating_system, visible_gpu
 from nas.latency.runtimes import Runner, runtimes
+
+PROVENANCE = ("name", "memory_bytes", "system", "governor")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Device:
         runtime, runtime_version, threads, batch: scenario.
         provider, graph: what executes within the runtime, and how far it may rewrite graphs; "" is its default.
         accelerator: hardware beside the processor that executes; "" where there is none.
+        memory_bytes, system, governor: provenance; like the name, no part of the fingerprint. 0 and "" are unknown.
     """
 
     name: str
@@ -37,6 +41,9 @@ class Device:
     provider: str = ""
     graph: str = ""
     accelerator: str = ""
+    memory_bytes: int = 0
+    system: str = ""
+    governor: str = ""
 
     @classmethod
     def local(
@@ -58,35 +65,47 @@ class Device:
         """
         cpu = cpu_model()
         opened = runtimes.get(runtime)(provider, graph)
-        slug = re.sub(r"[^a-z0-9]+", "-", (opened.accelerator() or cpu).lower()).strip("-")
-        default = f"{slug}-{runtime}-t{threads}" + (f"-b{batch}" if batch > 1 else "")
+        accelerator, provider, graph = opened.accelerator(), opened.provider, opened.graph
+        named = [accelerator or cpu, runtime, "" if accelerator else provider, graph, f"t{threads}"]
+        default = re.sub(r"[^a-z0-9]+", "-", "-".join([*named, f"b{batch}" if batch > 1 else ""]).lower()).strip("-")
         return cls(
-            name or default, cpu, os.cpu_count() or 1, runtime, opened.version(), threads, batch, provider, graph,
-            opened.accelerator(),
+            name or default, cpu, os.cpu_count() or 1, runtime, opened.version(), threads, batch,
+            provider, graph, accelerator, memory_bytes(), operating_system(), governor(),
         )  # fmt: skip
 
-    def load(self, model: onnx.ModelProto) -> Runner:
-        """``model``, ready to run in this device's scenario."""
+    def load(self, model: onnx.ModelProto, *, part: bool = False) -> Runner:
+        """``model``, a whole network or a part of one, ready to run in this device's scenario."""
         runtime = runtimes.get(self.runtime)(self.provider, self.graph)
-        return runtime.load(model, threads=self.threads, batch=self.batch)
+        load = runtime.load_part if part else runtime.load
+        return load(model, threads=self.threads, batch=self.batch)
+
+    def energy_meter(self) -> Meter | Absent:
+        """What counts this device's joules on this machine, or why nothing does."""
+        if not self.accelerator:
+            return rapl()
+        return nvml(visible_gpu(int(self.provider.partition(":")[2] or 0)), self.accelerator)
 
     @property
     def fingerprint(self) -> str:
         """Equal for machines and scenarios whose measurements may be exchanged."""
-        facts = {key: value for key, value in asdict(self).items() if key != "name"}
-        return digest(facts)[:12]
+        return digest(self._facts())[:12]
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """The facts in which another device's plain form differs from this one: ``["threads 2, here 1"]``.
+
+        Empty exactly where the fingerprints agree; what the other does not say is its field's default.
+        """
+        facts = self._facts()
+        theirs = {key: other.get(key, getattr(type(self), key, "unknown")) for key in facts}
+        return [
+            f"{key.replace('_', ' ')} {theirs[key] or 'default'}, here {value or 'default'}"
+            for key, value in facts.items()
+            if theirs[key] != value
+        ]
+
+    def _facts(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key not in PROVENANCE}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain form for tables and manifests."""
         return {**asdict(self), "fingerprint": self.fingerprint}
-
-
-def cpu_model() -> str:
-    """The processor's name and, where it can be read, its model number (virtual machines share names)."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(re.findall(r"^(model name|model)\s*:\s*(.+)$", info, re.MULTILINE))
-    name = fields.get("model name") or platform.machine()
-    return f"{name} model {fields['model']}" if "model" in fields else name

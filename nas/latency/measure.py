@@ -10,11 +10,13 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from nas.latency.runtimes import Runner
+if TYPE_CHECKING:  # bundles take this file along to devices that have nothing of ours
+    from nas.latency.runtimes import Runner
 
 Array = npt.NDArray[np.float64]
 Progress = Callable[[float, str], None]
@@ -141,12 +143,7 @@ def interleave(
 
 def _visit(runner: Runner, calls: int) -> list[float]:
     runner()
-    times = []
-    for _ in range(calls):
-        begin = time.perf_counter_ns()
-        runner()
-        times.append((time.perf_counter_ns() - begin) / 1e6)
-    return times
+    return runner.time(calls)
 
 
 def _settled(samples: Mapping[str, Samples], watch: Sequence[str], target: float) -> bool:

@@ -42,7 +42,10 @@ class Op(Protocol):
         """Deployed parameters: batch normalisation is folded into weights and bias."""
 
     def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
-        """Write the operator's nodes for input tensor ``x`` and return the output tensor's name."""
+        """Write the operator's nodes for input tensor ``x`` and return the output tensor's name.
+
+        An operator that also reads the part's own input (``graph.input``) says so by ``reads_input = True``.
+        """
 
 
 class Weightless:
@@ -112,6 +115,28 @@ class Part:
     def traffic(self) -> int:
         """Elements that one copy reads from and hands to its neighbours, one sample."""
         return math.prod(self.shape) + math.prod(self.out_shape)
+
+    def peak_bytes(self, batch: int = 1) -> int:
+        """Bytes of the largest set of activations that live at one time while the operators run one after the other.
+
+        That is an operator's input and output, and the part's own input while a later operator still reads it; 4
+        bytes a number in fp32 and 1 in int8. This is arithmetic, not measured: weights and what a runtime needs
+        inside an operator are not in it, and a runtime that fuses operators or works in place needs less.
+        """
+        shapes = self._shapes()
+        sizes = [batch * int(np.prod(shape)) * self._item_bytes(i) for i, shape in enumerate(shapes)]
+        readers = [i for i, op in enumerate(self.ops) if getattr(op, "reads_input", False)]
+        return max(
+            (sizes[i] + sizes[i + 1] + (sizes[0] if i and readers and i <= readers[-1] else 0))
+            for i in range(len(self.ops))
+        )
+
+    def _item_bytes(self, i: int) -> int:
+        """Bytes of a number before operator ``i``, or after the last one."""
+        if self.precision == "boundary":
+            is_float = (i == 0) == (self.ops[0].text == "quantize")
+            return 4 if is_float else 1
+        return 1 if self.precision == "int8" else 4
 
     def to_onnx(self, batch: int = 1) -> onnx.ModelProto:
         """A runnable model of one copy with random weights, input and output in the part's own precision."""

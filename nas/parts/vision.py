@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +74,7 @@ class AddInput(Weightless):
     """Residual connection: adds the part's own input."""
 
     text: str = "+in"
+    reads_input: ClassVar[bool] = True
 
     def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
         return graph.activation(graph.node("Add", [x, graph.input]), "")
