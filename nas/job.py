@@ -35,7 +35,7 @@ from nas.latency import AdditiveEstimator, CostEstimator, Device, LatencyTable, 
 from nas.latency.estimator import LATENCIES
 from nas.latency.fit import FitError
 from nas.latency.measure import Timing
-from nas.latency.profile import describe
+from nas.latency.profile import Effort, describe
 from nas.locks import cache_dir, cache_lock, run_lock
 from nas.progress import Progress, Silent
 from nas.reward import Limit, Reward, rewards, violation
@@ -164,12 +164,12 @@ class Job:
                 found.save(path)
         return found
 
-    def build(self, executor: Executor) -> LatencyTable:
-        """A new table, measured now."""
+    def build(self, executor: Executor, *, partial: Path | None = None, resume: bool = False) -> LatencyTable:
+        """A new table, measured now; what Ctrl-C interrupts is kept in ``partial`` and may be gone on with."""
         section = self.experiment.table
         return build_table(
-            self.untaught, self.device, executor,
-            seconds=section.seconds, nets=section.nets, noise=section.noise, progress=self.progress.update,
+            self.space, self.task.info, self.device, executor, Effort(section.seconds, section.noise),
+            nets=section.nets, progress=self.progress.update, partial=partial, resume=resume,
         )  # fmt: skip
 
     @cached_property

@@ -3,7 +3,7 @@
 Parts whose keys differ in numbers alone are a *family*: the same operators on other channels, sides, kernels. Within
 a family the logarithm of the time is smooth in the logarithms of these numbers, of the work and of the traffic, but
 for one thing: runtimes work on blocks of channels, so how many times two divides a number, and the number rounded up
-to blocks, are coordinates too. Everything is read off a part's key, so operators of anybody's own are interpolated alike.
+to blocks, are coordinates too. All of it is read off a part's key, so anybody's own operators are interpolated alike.
 """
 
 from __future__ import annotations
