@@ -94,9 +94,25 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--dry-run", action="store_true", help="check everything, and say what would be done")
     sweep.set_defaults(function=_sweep)
 
-    profile = commands.add_parser("profile", parents=[common], help="build a latency table for this device")
-    profile.add_argument("experiment", help="experiment whose space and device are profiled")
-    profile.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    profile = commands.add_parser(
+        "profile", parents=[common], help="build a latency table for this device, or for one far away"
+    )
+    profile.add_argument("experiment", nargs="?", help="experiment whose space and device are profiled, or:")
+    profile.add_argument("--space", help="search space by name, path or module:name")
+    profile.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the experiment, or of --space"
+    )
+    profile.add_argument("--input", default="3x224x224", help="with --space: shape of an input (default: %(default)s)")
+    profile.add_argument("--classes", type=int, default=1000, help="with --space: classes (default: %(default)s)")
+    profile.add_argument("--device", choices=["local"], default="local", help="this machine (others: --bundle, --ssh)")
+    profile.add_argument("--name", help="the device's name (default: processor, runtime, threads)")
+    profile.add_argument("--threads", type=int, help="threads of an inference (default: 1)")
+    profile.add_argument("--batch", type=int, help="inputs of an inference (default: 1)")
+    profile.add_argument("--runtime", help="see `nas list runtimes` (default: onnxruntime)")
+    profile.add_argument("--provider", help="what executes within the runtime: cpu, cuda, …")
+    profile.add_argument("--graph", help="how far the runtime may rewrite the graph")
+    profile.add_argument("--minutes", type=float, help="for loading and timing; what does not fit is interpolated")
+    profile.add_argument("--resume", action="store_true", help="go on with a measurement that Ctrl-C ended")
     profile.add_argument("--out", type=Path, help="table file (default: this machine's cache, where searches look)")
     profile.set_defaults(function=_profile)
 
@@ -184,15 +200,32 @@ def _print_sweep(folder: Path) -> None:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    from nas.experiment import load_experiment
-    from nas.job import build_only
+    from nas import profiling
 
-    experiment = load_experiment(options.experiment, options.set)
+    subject = _subject(options)
     bar = Bar()
     with bar.progress:
-        path = build_only(experiment, options.out, bar)
+        path, _ = profiling.profile_here(subject, options.out, resume=options.resume, progress=bar)
     console.print(f"table written to {escape(str(path))}", soft_wrap=True)
     return 0
+
+
+def _subject(options: argparse.Namespace) -> Any:
+    from nas import profiling
+    from nas.errors import ExperimentError
+    from nas.experiment import load_experiment
+
+    if (options.experiment is None) == (options.space is None):
+        raise ExperimentError(
+            "nas profile takes either an experiment or --space.", remedy="nas profile --space mobilenet --device local"
+        )
+    scenario = profiling.Scenario(
+        options.name, options.threads, options.batch, options.runtime, options.provider, options.graph
+    )
+    if options.space is None:
+        return profiling.of_experiment(load_experiment(options.experiment, options.set), scenario, options.minutes)
+    shape = profiling.parse_shape(options.input)
+    return profiling.of_space(options.space, options.set, shape, options.classes, scenario, options.minutes)
 
 
 def _front(options: argparse.Namespace) -> int:

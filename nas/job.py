@@ -43,7 +43,7 @@ from nas.settings import construct
 from nas.space import SearchSpace
 from nas.strategies import Domain, Objective, Strategy, strategies
 from nas.student.finalists import Entrant, Finalist, measure_models
-from nas.student.tables import build_table, cached_path, find_table
+from nas.student.tables import build_table, cached_path, find_table, partial_of
 from nas.student.teacher import Teacher, family_teacher, own_teacher
 from nas.study import Trial
 from nas.tasks import Task, tasks
@@ -164,12 +164,13 @@ class Job:
                 found.save(path)
         return found
 
-    def build(self, executor: Executor, *, partial: Path | None = None, resume: bool = False) -> LatencyTable:
-        """A new table, measured now; what Ctrl-C interrupts is kept in ``partial`` and may be gone on with."""
+    def build(self, executor: Executor) -> LatencyTable:
+        """A new table, measured now; what Ctrl-C ends is gone on with by the next run that wants it."""
         section = self.experiment.table
         return build_table(
             self.space, self.task.info, self.device, executor, Effort(section.seconds, section.noise),
-            nets=section.nets, progress=self.progress.update, partial=partial, resume=resume,
+            nets=section.nets, progress=self.progress.update, note=self.progress.note,
+            partial=partial_of(cached_path(self.space, self.device)), resume=True,
         )  # fmt: skip
 
     @cached_property
@@ -447,16 +448,3 @@ def choose(finalists: list[Finalist], warn: Any) -> Finalist:
 def _budget_text(limits: tuple[Limit, ...], share: float) -> str:
     wanted = ", ".join(f"{limit.cost} ≤ {limit.limit:.4g}" for limit in limits) or "none"
     return f"budget {wanted}; {100 * share:.1f} % of the space meets it by prediction"
-
-
-def build_only(experiment: Experiment, out: Path | None, progress: Progress) -> Path:
-    """Profile the experiment's space on its device, now; returns the table's file."""
-    torch.set_num_threads(1)
-    job = Job(experiment, Path("."), progress)
-    path = out or cached_path(job.space, job.device)
-    progress.stage("latency table")
-    with job.executor(job.untaught) as workers:
-        table = job.build(workers)
-    table.save(path)
-    progress.note(describe(table))
-    return path

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -101,10 +102,10 @@ def choose_keys(
     parts = space.keys()
     pilots = np.random.default_rng(seed).permutation(list(parts))[:PILOTS]
     before = _resident()
-    load, visit = _cost([lambda key=key: _load(parts[key], device) for key in pilots], device)
+    load, visit = _cost([partial(_load, parts[key], device) for key in pilots], device)
     memory = max(0, _resident() - before) / len(pilots)
     some = [nets[i] for i in np.linspace(0, len(nets) - 1, min(PILOT_NETS, len(nets))).astype(int)]
-    load_net, visit_net = _cost([lambda net=net: device.load(net) for net in some], device)
+    load_net, visit_net = _cost([partial(device.load, net) for net in some], device)
     left = seconds - (time.perf_counter() - begin) - len(nets) * (load_net + ROUNDS * visit_net)
     by_time = max(0, int(left / (load + ROUNDS * visit)))
     by_memory = int(MEMORY_SHARE * _free() / memory) if memory else len(parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ def profile(
     effort: Effort,
     *,
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda _: None,
     partial: Path | None = None,
     resume: bool = False,
 ) -> LatencyTable:
@@ -73,6 +74,7 @@ def profile(
 
     Args:
         progress: called with the share of time used and a message.
+        note: called with what a user should know.
         partial: where to keep what was seen when Ctrl-C ends the measuring; deleted at the end.
         resume: go on with what ``partial`` holds, if it is there.
 
@@ -80,13 +82,11 @@ def profile(
         TableError: ``partial`` holds something else's measurement.
     """
     begin = time.perf_counter()
-    say = progress or (lambda _share, _text: None)
     earlier, identity = _earlier(partial) if partial is not None and resume else (None, "")
     if earlier is None:
         keys = choose_keys(
-            space, device, effort.seconds, [net.model for net in nets], seed=effort.seed,
-            note=lambda text: say(0.0, text),
-        )  # fmt: skip
+            space, device, effort.seconds, [net.model for net in nets], seed=effort.seed, note=note
+        )
     else:
         keys = list(set(space.keys()) & set(earlier.samples))
     plan = Plan.of(space, nets, keys)

@@ -31,6 +31,11 @@ def cached_path(space: SearchSpace, device: Device) -> Path:
     return cache_dir() / "tables" / f"{space.name}-{keys}-{device.fingerprint}.json"
 
 
+def partial_of(table: Path) -> Path:
+    """Where an interrupted measurement of a table is kept."""
+    return table.with_name(f"{table.stem}.partial.npz")
+
+
 def find_table(path: str, space: SearchSpace, device: Device, note: Callable[[str], None]) -> LatencyTable | None:
     """The table that ``path`` means, or for ``auto`` a cached or bundled one that fits; nothing where none does.
 
@@ -67,6 +72,7 @@ def build_table(
     *,
     nets: int,
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda _: None,
     partial: Path | None = None,
     resume: bool = False,
 ) -> LatencyTable:
@@ -75,10 +81,11 @@ def build_table(
     Args:
         info: shapes of the data.
         executor: exports the networks side by side.
+        note: called with what a user should know.
         partial, resume: where what was measured is kept when Ctrl-C ends it, and whether to go on with it.
     """
     whole = calibration_nets(space, info, executor, nets, progress=progress)
-    return profile(space, whole, device, effort, progress=progress, partial=partial, resume=resume)
+    return profile(space, whole, device, effort, progress=progress, note=note, partial=partial, resume=resume)
 
 
 def calibration_nets(
