@@ -2,22 +2,22 @@
 
     python benchmarks/latency_fidelity.py --space mobilenet --precision mixed --nets 100 --seed 0 --minutes 20
 
-A family at the scale of a phone (3x224x224 images, 1,000 classes, resolutions from 32 to 224) is profiled as `nas profile`
-does it: parts and 30 calibration networks, interleaved with the test networks at random over rounds. Test networks are
-none of the calibration networks, and as many come from each tenth of the range of MACs. A network's measured time is
-that over all rounds; the aggregator is the one under which the *calibration* networks repeat best.
+A family at the scale of a phone (3x224x224 images, 1,000 classes, resolutions from 32 to 224) is profiled as
+`nas profile` does it: parts and 30 calibration networks, interleaved with the test networks at random over rounds. Test
+networks are none of the calibration networks, and as many come from each tenth of the range of MACs. A network's
+measured time is that over all rounds; the aggregator is the one under which the *calibration* networks repeat best.
 
 Prints one JSON line, last:
 
-- ``within_2``, ``within_5``, ``within_10`` (shares 0..1), ``mape``, ``spearman``: predicted against measured, test networks;
+- ``within_2``, ``within_5``, ``within_10`` (shares 0..1), ``mape``, ``spearman``: predicted against measured, test nets;
 - ``noise_within_5``, ``noise_mape``: even against odd rounds of the same networks;
-- ``flops_within_5``, ``flops_mape``, ``flops_spearman``: MACs and number of parts fitted on the same calibration networks;
+- ``flops_within_5``, ``flops_mape``, ``flops_spearman``: MACs and number of parts, fitted on the same calibration nets;
 - ``plain_mape``: the plain sum of the parts;
-- ``entries``, ``measured``, ``interpolated``: parts; ``seconds``: for everything; ``claimed_mape``: what the table says of
-  itself; ``fastest_ms``, ``slowest_ms``: the test networks' range.
+- ``entries``, ``measured``, ``interpolated``: parts; ``seconds``: for everything; ``claimed_mape``: what the table says
+  of itself; ``fastest_ms``, ``slowest_ms``: the test networks' range.
 
-``--minutes`` is for loading and timing; exporting the networks comes on top. ``--threads``, ``--batch``, ``--runtime`` and ``--provider``
-are the device's. ``--keep FILE`` writes the table.
+``--minutes`` is for loading and timing; exporting the networks comes on top. ``--threads``, ``--batch``, ``--runtime``
+and ``--provider`` are the device's. ``--keep FILE`` writes the table.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.rows:
         resolutions = [space.decode(row).as_dict().get("resolution") for row in unseen]
         for i in np.argsort(measured):
-            print(f"{resolutions[i]} {measured[i]:.4f} ms, predicted {predicted[i] / measured[i] - 1:+.2%}", file=sys.stderr)
+            off = predicted[i] / measured[i] - 1
+            print(f"{resolutions[i]} {measured[i]:.4f} ms, predicted {off:+.2%}", file=sys.stderr)
     return {
         "space": options.space, "precision": options.precision, "nets": len(tests), "seed": options.seed,
         "within_2": float((np.abs(predicted / measured - 1) <= 0.02).mean()), "within_5": right.within_5,

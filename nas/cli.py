@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("experiment", nargs="?", help="experiment whose space and device are profiled, or:")
     profile.add_argument("--space", help="search space by name, path or module:name")
     profile.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the experiment, or of --space"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the experiment or space"
     )
     profile.add_argument("--input", default="3x224x224", help="with --space: shape of an input (default: %(default)s)")
     profile.add_argument("--classes", type=int, default=1000, help="with --space: classes (default: %(default)s)")

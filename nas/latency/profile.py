@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from nas import __version__
@@ -19,18 +18,15 @@ from nas.errors import TableError
 from nas.latency import checkpoint
 from nas.latency.device import Device
 from nas.latency.energy import Absent, millijoules
-from nas.latency.estimator import part_value
-from nas.latency.fit import PLAIN, features, fit, plain_sums
 from nas.latency.interpolate import interpolate
 from nas.latency.measure import AGGREGATORS, Measurement, Progress, Timing, interleave
 from nas.latency.plan import CALLS, YARDSTICK, CalibrationNet, Plan, choose_keys, load_yardstick
 from nas.latency.runtimes import Runner
 from nas.latency.table import Entry, LatencyTable, Net
+from nas.latency.whole import counts, fitted
 from nas.locks import timing_lock
-from nas.parts import Part
 from nas.space import SearchSpace
 
-Array = npt.NDArray[np.float64]
 ENERGY_SHARE = 0.25  # of the measuring time, on top of it, where energy can be metered
 
 
@@ -168,11 +164,11 @@ def assemble(plan: Plan, seen: Seen, device: Mapping[str, object]) -> LatencyTab
     m = seen.measurement
     names = plan.net_names
     net_how = m.best_aggregator(names)
-    costs = {
-        "latency_ms": m.values(names, net_how) * m.level(names, net_how),
-        "latency_p95_ms": np.array([m.samples[name].timing().p95 for name in names]),
-        "size_bytes": np.array([float(net.model.ByteSize()) for net in plan.nets]),
-    }
+    latency = m.values(names, net_how) * m.level(names, net_how)
+    nets = [
+        Net(counts(net.parts), float(ms), m.samples[name].timing().p95, float(net.model.ByteSize()), 0.0, 0.0)
+        for name, net, ms in zip(names, plan.nets, latency, strict=True)
+    ]
     base = LatencyTable(
         space=plan.space,
         device=dict(device),
@@ -180,7 +176,7 @@ def assemble(plan: Plan, seen: Seen, device: Mapping[str, object]) -> LatencyTab
         fits={},
         errors={},
         noise=m.disagreement(names, net_how),
-        nets=[],
+        nets=nets,
         protocol={
             "method": "interleaved rounds with yardstick", "rounds": m.rounds, "seconds": m.seconds,
             "calls_per_visit": len(m.samples[names[0]].calls[0]), "net_aggregator": net_how,
@@ -193,7 +189,8 @@ def assemble(plan: Plan, seen: Seen, device: Mapping[str, object]) -> LatencyTab
     # Nets repeat best under one aggregator; parts are summed by whichever predicts the nets best.
     # (Interpolating takes seconds: then only the two that mostly win are tried.)
     ways = AGGREGATORS if not plan.absent else tuple(dict.fromkeys(("median", net_how)))
-    tables = [fitted(_with_parts(base, plan, seen, how), plan.nets, costs) for how in ways]
+    parts = {**plan.measured, **plan.absent}
+    tables = [fitted(_with_parts(base, plan, seen, how), parts) for how in ways]
     return min(tables, key=lambda table: table.errors["latency_ms"].mape)
 
 
@@ -223,36 +220,8 @@ def _with_parts(base: LatencyTable, plan: Plan, seen: Seen, how: str) -> Latency
             )
         interpolation = {"measured": len(plan.measured), "interpolated": len(guesses)}
         interpolation |= {} if validation is None else {"held_out": asdict(validation)}
-    return replace(
-        base, entries=entries, interpolation=interpolation, protocol={**base.protocol, "part_aggregator": how},
-        fits={}, errors={}, nets=[],
-    )  # fmt: skip
-
-
-def fitted(table: LatencyTable, nets: Sequence[CalibrationNet], costs: Mapping[str, Array]) -> LatencyTable:
-    """``table`` with its sums fitted to the nets' measured ``costs``, by name, ``[nets]`` each."""
-    fits, errors, whole = {}, {}, []
-    for cost, y in costs.items():
-        x = features([[(part, part_value(table, part, cost)) for part in net.parts] for net in nets])
-        # Bytes have no borders and no arithmetic.
-        fits[cost], errors[cost], predicted = fit(x, y, (PLAIN,)) if cost == "size_bytes" else fit(x, y)
-        if cost == "latency_ms":
-            sums = plain_sums(x)
-            whole = [
-                Net(
-                    _counts(net.parts), float(y[i]), float(costs["latency_p95_ms"][i]), float(costs["size_bytes"][i]),
-                    float(predicted[i]), float(sums[i]),
-                )
-                for i, net in enumerate(nets)
-            ]  # fmt: skip
-    return replace(table, fits=fits, errors=errors, nets=whole)
-
-
-def _counts(parts: Iterable[Part]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for part in parts:
-        counts[part.key] = counts.get(part.key, 0) + part.count
-    return counts
+    protocol = {**base.protocol, "part_aggregator": how}
+    return replace(base, entries=entries, interpolation=interpolation, protocol=protocol)
 
 
 def describe(table: LatencyTable) -> str:
