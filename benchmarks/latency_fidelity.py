@@ -11,7 +11,7 @@ Prints one JSON line, last:
 
 - ``within_2``, ``within_5``, ``within_10`` (shares 0..1), ``mape``, ``spearman``: predicted against measured, test nets;
 - ``noise_within_5``, ``noise_mape``: even against odd rounds of the same networks;
-- ``flops_within_5``, ``flops_mape``, ``flops_spearman``: MACs and number of parts, fitted on the same calibration nets;
+- ``flops_within_5``, ``flops_mape``, ``flops_spearman``: MACs and parts counted, fitted on those nets;
 - ``plain_mape``: the plain sum of the parts;
 - ``entries``, ``measured``, ``interpolated``: parts; ``seconds``: for everything; ``claimed_mape``: what the table says
   of itself; ``fastest_ms``, ``slowest_ms``: the test networks' range.
