@@ -125,8 +125,8 @@ class MobileNet(SearchSpace):
                 Choice(f"stage{s}.width", widths[s]),
                 Choice(f"stage{s}.kernel", kernels),
                 Choice(f"stage{s}.expand", expansions),
-                Choice(f"stage{s}.prune", prune),
-                Choice(f"stage{s}.bits", bits),
+                Choice(f"stage{s}.prune", prune, plain=0.0 if 0.0 in prune else None),
+                Choice(f"stage{s}.bits", bits, plain=32 if 32 in bits else None),
             ]
         choices += [Choice("kd_weight", kd_weights), Choice("temperature", temperatures)]
         # A choice of one value is no choice, but spaces with fixed genes keep one shape of genome.
