@@ -107,19 +107,31 @@ def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
 
 
 def onnx_macs_params(model: onnx.ModelProto) -> tuple[int, int]:
-    """MACs of one sample and deployed parameters (weights and biases) counted on the exported graph itself."""
-    shapes = _shapes(model)
+    """MACs of one sample and deployed parameters counted on the exported graph itself.
+
+    MACs are those of convolutions and matrix products, attention's products of two activations among them. Parameters
+    are their weights and biases, the scale and offset of layer normalisations, and tensors that are added (a linear
+    layer's bias stands in an addition of its own, and so do learnt positions).
+    """
+    single = onnx.ModelProto()
+    single.CopyFrom(model)
+    for value in (*single.graph.input, *single.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    shapes = _shapes(single)
     sizes = {t.name: tuple(t.dims) for t in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type in ("DequantizeLinear", "Identity") and node.input[0] in sizes:  # Identity: merged
             sizes[node.output[0]] = sizes[node.input[0]]
     macs = params = 0
     for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[1] not in sizes:
+        if node.op_type not in ("Conv", "Gemm", "MatMul", "LayerNormalization", "Add"):
             continue
-        weight, out = sizes[node.input[1]], shapes[node.output[0]]
-        # A convolution repeats its weight at every position, a matrix product at every row beside the batch's.
-        repeats = out[2:] if node.op_type == "Conv" else out[1:-1]
-        macs += int(np.prod(weight)) * int(np.prod(repeats))
-        params += sum(int(np.prod(sizes[name])) for name in node.input[1:] if name in sizes)
+        params += sum(int(np.prod(sizes[name])) for name in node.input if name in sizes)
+        if node.op_type == "Conv":
+            # The weight is repeated at every position.
+            macs += int(np.prod(sizes[node.input[1]])) * int(np.prod(shapes[node.output[0]][2:]))
+        elif node.op_type in ("Gemm", "MatMul"):
+            factor = sizes.get(node.input[1]) or shapes[node.input[1]]
+            transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+            macs += int(np.prod(shapes[node.output[0]])) * factor[-1 if transposed else -2]
     return macs, params
