@@ -218,8 +218,11 @@ class ResNet(SearchSpace):
         if before == here:
             return None
         side = self._side(c, stage)
-        kind = "quantize" if here == "int8" else "dequantize"
-        return Part((Boundary(kind),), (self._width(c, stage - 1), side, side), "boundary")
+        shape = (self._width(c, stage - 1), side, side)
+        if here == "int8":
+            return Part((Boundary("quantize"),), shape, "boundary")
+        # The runtime dequantises once for every reader: the first convolution, and the shortcut.
+        return Part((Boundary("dequantize"),), shape, "boundary", 2)
 
     def _head(self, c: Candidate) -> Part:
         last = len(self.stages) - 1
