@@ -1,4 +1,4 @@
-"""ResNet-like space: residual stages of basic blocks (He et al. 2016), of chosen depth, width and resolution, compressed.
+"""ResNet-like space: stages of basic blocks (He et al. 2016) of chosen depth, width and resolution, compressed.
 
 Every channel count is a multiple of 8 and every activation a ReLU, which keeps convolutions in the fast layout and
 lets int8 fuse. A block whose input has another shape than its output adds a 1×1 projection of its input instead of
@@ -267,9 +267,8 @@ class ResNet(SearchSpace):
         if self._precision(c, stage) == "fp32":
             return None
         cin, width = self._width(c, stage - 1), self._width(c, stage)
-        layers = [
-            f"stages.{stage}.{d}.{conv}.conv" for d in range(int(c[f"stage{stage}.depth"])) for conv in ("first", "second")
-        ]
+        blocks = [f"stages.{stage}.{d}" for d in range(int(c[f"stage{stage}.depth"]))]
+        layers = [f"{block}.{conv}.conv" for block in blocks for conv in ("first", "second")]
         if self.strides[stage] != 1 or cin != width:
             layers.append(f"stages.{stage}.0.shortcut.conv")
         return Training(compression={"quantize": dict.fromkeys(layers, 8)})

@@ -1,4 +1,4 @@
-"""Vision transformers (Dosovitskiy et al. 2021) of chosen resolution, patch, width, depth, heads and MLP ratio, compressed.
+"""Vision transformers (Dosovitskiy et al. 2021) of chosen resolution, patch, width, depth, heads and MLP, compressed.
 
 The layers stand in groups; depth, heads, MLP ratio and compression are chosen per group, the width for all of them,
 because residuals tie it. Normalisation comes before each sub-block, q, k and v have projections of their own, and the

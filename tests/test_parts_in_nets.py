@@ -24,8 +24,8 @@ COLOURS = TaskInfo((3, 24, 24), 10, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
 # Changes of layout at the borders: a net has one where its parts have two each. Convolutions run in blocked layout in
 # fp32 and in NHWC in int8.
 BORDERS = {"ReorderInput", "ReorderOutput", "Flatten"}
-# An activation is one with its convolution, or with the quantisation after it, or it stands alone. Where a sum in blocked
-# layout does not become part of a convolution, Reshape, which moves nothing, stands around it.
+# An activation is one with its convolution, or with the quantisation after it, or it stands alone. Where a sum in
+# blocked layout does not become part of a convolution, Reshape, which moves nothing, stands around it.
 CONVOLUTIONAL = BORDERS | {"Transpose", "Relu", "Clip", "Reshape"}
 SMALL: dict[str, dict[str, Any]] = {
     "mobilenet": {

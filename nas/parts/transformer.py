@@ -1,7 +1,7 @@
 """Operators of transformer parts: tokens × width in, tokens × width out, normalisation before, residual after.
 
-Tokens are the rows of one matrix, whatever sample they are of, so that every linear layer is one Gemm with its bias. On
-``[batch, tokens, width]`` it is a matrix product and an addition, which onnxruntime joins only where the batch is fixed.
+Tokens are the rows of one matrix, whatever sample they are of, so that every linear layer is one Gemm with its bias.
+On ``[batch, tokens, width]`` it is a product and an addition, which onnxruntime joins only where the batch is fixed.
 
 In an int8 part only the matrix products with weights are integers: the stream between the parts, the normalisation,
 the softmax and GELU stay float, which is how onnxruntime executes such a network.

@@ -52,7 +52,30 @@ def export_float(model: nn.Module, sample: torch.Tensor) -> onnx.ModelProto:
             model.eval(), (sample,), buffer, dynamo=False, opset_version=OPSET,
             input_names=[INPUT], output_names=[OUTPUT],
         )  # fmt: skip
-    return free_batch(onnx.load_from_string(buffer.getvalue()))
+    exported = onnx.load_from_string(buffer.getvalue())
+    _name_linear_weights(exported, model)
+    return free_batch(exported)
+
+
+def _name_linear_weights(exported: onnx.ModelProto, model: nn.Module) -> None:
+    """Give the transposed weights of linear layers their names back; the exporter numbers them.
+
+    That happens where a layer becomes a MatMul: without a bias, or on more than two dimensions.
+    """
+    known = {
+        layer.weight.detach().t().contiguous().numpy().tobytes(): f"{name}.weight"
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+    names = {tensor.name: tensor.name for tensor in exported.graph.initializer}
+    for tensor in exported.graph.initializer:
+        if tensor.name.startswith("onnx::MatMul"):
+            wanted = known.get(numpy_helper.to_array(tensor).tobytes(), tensor.name)
+            if wanted not in names:
+                names[tensor.name] = names[wanted] = tensor.name = wanted
+    for node in exported.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = names.get(name, name)
 
 
 def free_batch(model: onnx.ModelProto) -> onnx.ModelProto:
