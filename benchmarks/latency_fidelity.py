@@ -9,7 +9,7 @@ measured time is that over all rounds; the aggregator is the one under which the
 
 Prints one JSON line, last:
 
-- ``within_2``, ``within_5``, ``within_10`` (shares 0..1), ``mape``, ``spearman``: predicted against measured, test nets;
+- ``within_2``, ``within_5``, ``within_10`` (shares 0..1), ``mape``, ``spearman``: predictions of test nets;
 - ``noise_within_5``, ``noise_mape``: even against odd rounds of the same networks;
 - ``flops_within_5``, ``flops_mape``, ``flops_spearman``: MACs and parts counted, fitted on those nets;
 - ``plain_mape``: the plain sum of the parts;
