@@ -7,6 +7,15 @@ import platform
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """The facts of this machine under the names that latency tables have for them."""
+    return {
+        "cpu": cpu_model(), "cores": os.cpu_count() or 1, "memory_bytes": memory_bytes(),
+        "system": f"{platform.system()} {platform.release()}".strip(), "governor": governor(),
+    }  # fmt: skip
 
 
 def cpu_model() -> str:
@@ -36,11 +45,6 @@ def memory_bytes() -> int:
 def governor(root: Path = Path("/sys/devices/system/cpu")) -> str:
     """The frequency governor of the first processor (``performance``, ``powersave``), "" where there is none."""
     return _read(root / "cpu0" / "cpufreq" / "scaling_governor").strip()
-
-
-def operating_system() -> str:
-    """Kernel and release, such as ``Linux 6.1.0-18-amd64``."""
-    return f"{platform.system()} {platform.release()}".strip()
 
 
 def nvidia_gpu(index: int = 0) -> str:

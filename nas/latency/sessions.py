@@ -47,6 +47,11 @@ class SessionError(Exception):
         self.found, self.expected, self.remedy = found, expected, remedy
 
 
+def version() -> str:
+    """onnxruntime's."""
+    return str(ort.__version__)
+
+
 def provider_name(name: str) -> str:
     """``cuda``, ``CUDAExecutionProvider`` or ``cuda:1`` by onnxruntime's own name; "" is the CPU's.
 

@@ -70,7 +70,7 @@ def _check_part(runtime: Runtime, part: Part, name: str, tolerance: float) -> No
             model = _free_batch(part.to_onnx(1)) if symbolic else part.to_onnx(batch)
             where = f"{name}: {part.key!r}, {'symbolic ' if symbolic else ''}batch {batch}"
             runner = runtime.load(model, threads=1, batch=batch)
-            require(runner() is None, f"{where}: a call returns something.")  # type: ignore[func-returns-value]
+            require(runner() is None, f"{where}: a call returns something.")
             times = runner.time(3)
             require(
                 len(times) == 3 and all(np.isfinite(t) and t > 0 for t in times),
