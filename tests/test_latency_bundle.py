@@ -196,7 +196,7 @@ def test_what_is_settled_ends_early(tmp_path: Path, python: Path) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_loses_no_finished_round(tmp_path: Path, python: Path, how: signal.Signals) -> None:
-    folder = bundle(tmp_path / "b", seconds=1000.0)
+    folder = bundle(tmp_path / "b", seconds=1000.0, max_rounds=1_000_000)
     process = subprocess.Popen([python, folder / "run.py"], stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
     assert process.stderr is not None
     for line in process.stderr:

@@ -86,21 +86,20 @@ def _run(
     except FileNotFoundError:
         raise TableError("There is no ssh on this machine.", remedy="install OpenSSH's client") from None
     said: deque[str] = deque(maxlen=20)
-    try:
-        # The remote side reads all of it before it says more than a pipe holds. Where it hangs up, its status says why.
-        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # type: ignore[union-attr]
-            pipe.write(_archive(folder))
-        for line in io.TextIOWrapper(process.stderr, encoding="utf-8", errors="replace"):  # type: ignore[type-var]
-            if text := line.strip():
-                said.append(text)
-                if progress is not None:
-                    progress(text)
-        return process.wait(), list(said)
-    finally:
-        # However this ends, nothing stays behind here; the remote script ends when it next wants to say something.
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
+    with process:
+        try:
+            # The remote side reads all of it before it says more than a pipe holds; where it hangs up, it says why.
+            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # type: ignore[union-attr]
+                pipe.write(_archive(folder))
+            for line in process.stderr or ():
+                if text := line.decode(errors="replace").strip():
+                    said.append(text)
+                    if progress is not None:
+                        progress(text)
+            return process.wait(), list(said)
+        finally:
+            if process.poll() is None:  # the remote script ends when it next wants to say something
+                process.terminate()
 
 
 def _archive(folder: Path) -> bytes:

@@ -33,7 +33,7 @@ from sessions import Session, SessionError, gpu_index, graph_name, provider_name
 HERE = Path(__file__).resolve().parent
 RESULT, PARTIAL = HERE / "measurements.json", HERE / "measurements.partial.json"
 SCHEMA_VERSION = 1
-SAVE_EVERY = 10.0  # seconds
+SAY_EVERY, SAVE_EVERY = 1.0, 10.0  # seconds
 
 
 class Refusal(Exception):
@@ -91,7 +91,7 @@ def begin(bundle, device, resume):
 
 def measure(state, sessions, yardstick, seconds):
     """Round after round, until the time is over or the watched models repeat; a round is kept whole or not at all."""
-    scenario, saved = state["bundle"]["scenario"], time.monotonic()
+    scenario, saved, said = state["bundle"]["scenario"], time.monotonic(), 0.0
     while state["rounds"] < scenario["max_rounds"]:
         if state["rounds"] >= MIN_ROUNDS:
             noise = [Samples(**state["samples"][name]).timing().noise for name in scenario["watch"]]
@@ -104,7 +104,9 @@ def measure(state, sessions, yardstick, seconds):
             state["samples"][name]["yardstick"] += [round(ms, 6) for ms in samples.yardstick]
         state["rounds"] += 1
         state["seconds"] += seen.seconds
-        least = (MIN_ROUNDS - state["rounds"]) * state["seconds"] / state["rounds"]
+        if state["rounds"] > MIN_ROUNDS and time.monotonic() - said < SAY_EVERY:
+            continue
+        said, least = time.monotonic(), (MIN_ROUNDS - state["rounds"]) * state["seconds"] / state["rounds"]
         left = max(0.0, seconds - state["seconds"], least)
         say("round %d, %.0f s, about %.0f s left" % (state["rounds"], state["seconds"], left), end="")
         if time.monotonic() - saved > SAVE_EVERY:
