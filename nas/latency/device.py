@@ -81,7 +81,7 @@ class Device:
         return device if device.name else replace(device, name=device._default_name())
 
     def _default_name(self) -> str:
-        provider = "" if self.accelerator else self.provider
+        provider = "" if self.accelerator else self.provider.removesuffix("ExecutionProvider")
         batch = f"b{self.batch}" if self.batch > 1 else ""
         words = [self.accelerator or self.cpu, self.runtime, provider, self.graph, f"t{self.threads}", batch]
         return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
