@@ -123,7 +123,10 @@ class Session:
             settings = {"device_id": index} if index else {}
             if name in THREADS:
                 settings[THREADS[name]] = str(threads)
-            self.session = ort.InferenceSession(model, options, providers=[(name, settings)])
+            providers = [(name, settings)]
+            if "tensorrt" in name.lower():  # what it leaves is better off beside it than on the CPU
+                providers.append(("CUDAExecutionProvider", settings))
+            self.session = ort.InferenceSession(model, options, providers=providers)
             if self.session.get_providers()[0] != name:
                 raise SessionError(
                     f"onnxruntime lists {name} but could not start it, and fell back to the CPU.",

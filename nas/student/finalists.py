@@ -19,7 +19,6 @@ from nas.files import write_atomic, write_json
 from nas.latency import Device, elsewhere
 from nas.latency.measure import Progress, Timing, interleave
 from nas.latency.profile import load_yardstick
-from nas.latency.runtimes import runtimes
 from nas.locks import timing_lock, training_lock
 from nas.reward import Limit, Reward, violation
 from nas.space import Genomes
@@ -147,10 +146,7 @@ def measure_models(
     models: Mapping[str, Path], device: Device, seconds: float, progress: Progress | None = None
 ) -> dict[str, Timing]:
     """Measure exported models end to end, interleaved, with nothing of ours training beside them."""
-    runtime = runtimes.get(device.runtime)()
-    runners = {
-        name: runtime.load(onnx.load(path), threads=device.threads, batch=device.batch) for name, path in models.items()
-    }
+    runners = {name: device.load(onnx.load(path)) for name, path in models.items()}
     with timing_lock():
         seen = interleave(
             runners, load_yardstick(device), seconds=seconds, max_rounds=2000, calls=10, progress=progress
