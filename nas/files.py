@@ -37,7 +37,8 @@ def digest(content: Any) -> str:
 
 def write_sealed(path: Path, content: Any) -> None:
     """A JSON object that carries its own sha256, atomically."""
-    body = {key: value for key, value in content.items() if key != "sha256"}
+    # Through JSON once: keys that are numbers become text, and sort as text.
+    body = json.loads(json.dumps({key: value for key, value in content.items() if key != "sha256"}, allow_nan=False))
     write_atomic(path, json.dumps({**body, "sha256": digest(body)}, allow_nan=False) + "\n")
 
 

@@ -30,7 +30,7 @@ from nas.parts import AddInput, Conv, Part
 SMALL = Part((Conv(8, 3, activation="relu6"),), (8, 12, 12))
 LARGE = Part((Conv(64, 3), Conv(64, 3), Conv(8, 3), AddInput()), (8, 12, 12))
 MODELS = {part.key: part.to_onnx() for part in (SMALL, LARGE, Part(SMALL.ops, SMALL.shape, "int8"))}
-FACTS = {"space": "tiny", "keys": ["a", "b"], "π": 3.14159265358979}
+FACTS = {"space": "tiny", "keys": ["a", "b"], "π": 3.14159265358979, "by number": {"9": "nine", "10": "ten"}}
 PACKAGE = Path(nas.__file__).parent
 
 
@@ -40,7 +40,13 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bundle(folder: Path, **scenario: Any) -> Path:
-    write_bundle(folder, MODELS, YARDSTICK.to_onnx(), {"seconds": 0.0, **scenario}, FACTS)
+    write_bundle(
+        folder,
+        MODELS,
+        YARDSTICK.to_onnx(),
+        {"seconds": 0.0, **scenario},
+        {**FACTS, "by number": {10: "ten", 9: "nine"}},
+    )
     return folder
 
 

@@ -166,6 +166,17 @@ def test_what_the_script_refuses_there_is_said_here(server: Server, tmp_path: Pa
 
 
 @needs_sshd
+def test_a_shell_that_greets(server: Server, tmp_path: Path) -> None:
+    """Some people's start-up files print something; it must not end up in the measurements."""
+    talkative = tmp_path / "python"
+    talkative.write_text(f'#!/bin/sh\necho "Welcome!" >&3\nexec {server.python} "$@"\n')
+    talkative.chmod(0o755)
+    python = f"true; exec 3>&1; echo Hello; {talkative}"
+    result = run_over_ssh("127.0.0.1", bundle(tmp_path / "b"), python=python, ssh_options=server.options)
+    assert result.facts == {"for": "me"}
+
+
+@needs_sshd
 def test_a_key_that_is_not_welcome(server: Server, tmp_path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "stranger"], check=True)
     options = [str(tmp_path / "stranger") if o.endswith("/user") else o for o in server.options]
@@ -207,3 +218,6 @@ def test_what_is_no_host(tmp_path: Path, host: str) -> None:
 def test_what_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="is no bundle"):
         run_over_ssh("board", tmp_path)
+    (bundle(tmp_path / "b") / "run.py").unlink()
+    with pytest.raises(TableError, match=r"is no bundle: it has no run\.py"):
+        run_over_ssh("board", tmp_path / "b")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import shlex
 import subprocess
 import tarfile
@@ -17,17 +16,19 @@ from nas.errors import TableError
 from nas.files import read_sealed, write_atomic
 from nas.latency.bundle import CODE, RESULT, SCRIPT, BundleResult, read_measurements
 
+SENT = ("bundle.json", "models", *CODE.values())
 #: Exit statuses of the remote shell; those of the script and of ssh itself are others.
 NO_FOLDER, NO_TAR = 71, 72
+MARKER = "--- measurements ---"  # before it stands whatever the remote shell says when it starts
 #: Models in, progress on stderr, the measurements on stdout. What an interrupted run left there is gone on with; the
 #: folder is in the home directory, because nobody else can write there.
 REMOTE = """
 umask 077
 folder="$HOME/.cache/nas/bundles/{name}"
 mkdir -p "$folder" && cd "$folder" || exit {no_folder}
-tar -xf - || exit {no_tar}
+tar -xof - || exit {no_tar}
 {python} {script} --resume{options} </dev/null >&2 || exit
-cat {result} && cd / && rm -rf "$folder"
+echo "{marker}" && cat {result} && cd / && rm -rf "$folder"
 """
 
 
@@ -59,21 +60,24 @@ def run_over_ssh(
         raise TableError(f"{host!r} is no host.", expected="user@machine, or a name that ssh knows")
     try:
         name = read_sealed(folder / "bundle.json")["sha256"][:16]
+        if missing := [path for path in SENT if not (folder / path).exists()]:
+            raise ValueError(f"it has no {missing[0]}")
     except (OSError, ValueError) as error:
         raise TableError(f"{folder} is no bundle: {error}.", remedy="write it again") from error
     options = "" if seconds is None else f" --seconds {seconds:g}"
     script = REMOTE.format(
-        name=name, python=python, script=SCRIPT, options=options, result=RESULT, no_folder=NO_FOLDER, no_tar=NO_TAR
-    )
+        name=name, python=python, script=SCRIPT, options=options, result=RESULT, marker=MARKER,
+        no_folder=NO_FOLDER, no_tar=NO_TAR,
+    )  # fmt: skip
     # Options of the user's come first, because ssh keeps the first value that it is given.
-    quiet = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=15")
+    quiet = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=30")
     command = ["ssh", *ssh_options, *quiet, "--", host, f"sh -c {shlex.quote(script)}"]
     with tempfile.TemporaryFile() as fetched:
         status, said = _run(command, folder, fetched, progress)
         if status:
             raise _failure(host, python, status, said)
         fetched.seek(0)
-        write_atomic(folder / RESULT, fetched.read())
+        write_atomic(folder / RESULT, fetched.read().rpartition(f"{MARKER}\n".encode())[2])
     return read_measurements(folder)
 
 
@@ -90,7 +94,7 @@ def _run(
         try:
             # The remote side reads all of it before it says more than a pipe holds; where it hangs up, it says why.
             with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # type: ignore[union-attr]
-                pipe.write(_archive(folder))
+                _send(folder, pipe)
             for line in process.stderr or ():
                 if text := line.decode(errors="replace").strip():
                     said.append(text)
@@ -102,13 +106,11 @@ def _run(
                 process.terminate()
 
 
-def _archive(folder: Path) -> bytes:
-    """What the remote side needs, and nothing else that may lie in the folder."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name in ("bundle.json", "models", *CODE.values()):
+def _send(folder: Path, pipe: IO[bytes]) -> None:
+    """What the remote side needs as a tar, and nothing else that may lie in the folder."""
+    with tarfile.open(fileobj=pipe, mode="w|") as archive:
+        for name in SENT:
             archive.add(folder / name, name)
-    return buffer.getvalue()
 
 
 def _failure(host: str, python: str, status: int, said: Sequence[str]) -> TableError:

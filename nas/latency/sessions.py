@@ -132,7 +132,10 @@ class Session:
                     f"onnxruntime lists {name} but could not start it, and fell back to the CPU.",
                     remedy="its own message above says what is missing, mostly a library of the device's",
                 )
-            described = [(value.name, value.shape, DTYPES[value.type]) for value in self.session.get_inputs()]
+            inputs = self.session.get_inputs()
+            if odd := [value.type for value in inputs if value.type not in DTYPES]:
+                raise SessionError(f"The model wants an input of {odd[0]}.", f"one of {', '.join(DTYPES)}")
+            described = [(value.name, value.shape, DTYPES[value.type]) for value in inputs]
             self.feed = random_inputs(described, batch)
             if name in ON_DEVICE:
                 self._run = partial(
@@ -141,7 +144,7 @@ class Session:
             else:
                 self._run = partial(self.session.run, None, self.feed)
             self._run()
-            self._fused = _executed(Path(self.session.end_profiling()), name)
+            self._fused = executed(Path(self.session.end_profiling()), name)
 
     def __call__(self) -> None:
         """One inference."""
@@ -201,7 +204,7 @@ def run_bound(session: ort.InferenceSession, binding: Any) -> None:
     binding.synchronize_outputs()
 
 
-def _executed(profile: Path, provider: str) -> dict[str, int]:
+def executed(profile: Path, provider: str) -> dict[str, int]:
     """Operators of a profile of one run → how many."""
     counts: Counter[str] = Counter()
     for event in json.loads(profile.read_text(encoding="utf-8")):
