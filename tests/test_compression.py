@@ -16,7 +16,7 @@ from nas.compression.base import named_module
 from nas.compression.fold import consumers, fold_batchnorm
 from nas.compression.quantize import ActivationQuantizer, QuantConv2d, QuantLinear, quantized_nodes
 from nas.errors import CompressionError
-from nas.latency.runtimes import OnnxRuntimeCpu
+from nas.latency.runtimes import OnnxRuntime
 from nas.student.export import deployable, export_float, to_onnx
 from nas.testing import check_pass
 
@@ -142,7 +142,7 @@ def test_linear_layers_on_tokens_are_quantised() -> None:
     plan = {"quantize": {"first": 8, "second": 8}}
     check_pass(Quantize, Tokens().eval(), plan["quantize"], images())
     exported = to_onnx(apply_passes(Tokens().eval(), plan, images()).eval(), plan, images(), images().numpy())
-    fused = OnnxRuntimeCpu().load(exported, threads=1, batch=1).fused()
+    fused = OnnxRuntime().load(exported, threads=1, batch=1).fused()
     assert {"MatMulIntegerToFloat", "QuantizeLinear"} <= set(fused)
     assert not {"MatMul", "DequantizeLinear", "QLinearMatMul"} & set(fused)
 
@@ -153,7 +153,7 @@ def test_linear_layers_run_in_integers_with_a_float_result() -> None:
     model = apply_passes(Rows().eval(), plan, images()).eval()
     assert isinstance(model.get_submodule("up"), QuantLinear)
     exported = to_onnx(model, plan, images(), images().numpy())
-    fused = OnnxRuntimeCpu().load(exported, threads=1, batch=1).fused()
+    fused = OnnxRuntime().load(exported, threads=1, batch=1).fused()
     assert {kind: fused.get(kind, 0) for kind in ("QGemm", "Gemm", "QuantizeLinear", "DequantizeLinear", "Add")} == {
         "QGemm": 2, "Gemm": 1, "QuantizeLinear": 2, "DequantizeLinear": 0, "Add": 1,
     }  # fmt: skip

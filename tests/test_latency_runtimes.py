@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from nas.errors import ExtraError, TableError
 from nas.latency import Device
 from nas.latency.measure import interleave
 from nas.latency.runtimes import OnnxRuntime, Runner, Runtime, random_inputs, runtimes
-from nas.latency.sessions import Session, bind, run_bound, session_options
+from nas.latency.sessions import Session, bind, executed, run_bound, session_options
 from nas.parts import Boundary, Conv, Part
 from nas.student.export import export_float
 from nas.testing import check_runtime
@@ -176,6 +177,27 @@ def test_a_run_with_tensors_on_the_device_is_the_same_run() -> None:
     binding = bind(session.session, session.feed, "cpu", 0)
     run_bound(session.session, binding)
     np.testing.assert_array_equal(binding.copy_outputs_to_cpu(), session.outputs())
+
+
+def test_what_a_provider_left_to_the_cpu_is_marked(tmp_path: Path) -> None:
+    options = session_options(1)
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    session = ort.InferenceSession(PART.to_onnx().SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session.run(None, random_inputs(PART.to_onnx(), 1))
+    profile = Path(session.end_profiling())
+    assert executed(profile, "CPUExecutionProvider")["Conv"] == 1
+    assert executed(profile, "XnnpackExecutionProvider")["Conv (CPU)"] == 1
+
+
+def test_an_input_that_has_no_random_numbers() -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])], "text",
+        [helper.make_tensor_value_info("x", TensorProto.STRING, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.STRING, [1])],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    with pytest.raises(TableError, match=r"an input of tensor\(string\)"):
+        OnnxRuntime().load(model, threads=1, batch=1)
 
 
 # ---- torch ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 
 from nas import content
 from nas.compression import apply_passes
-from nas.latency.runtimes.onnxruntime_cpu import session_options
+from nas.latency.sessions import session_options
 from nas.parts import Boundary, Part
 from nas.space import Candidate, SearchSpace, TaskInfo
 from nas.student.export import to_onnx

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import onnx
 
 from nas.files import digest
 from nas.latency.energy import Absent, Meter, nvml, rapl
-from nas.latency.hardware import cpu_model, governor, memory_bytes, operating_system, visible_gpu
+from nas.latency.hardware import machine, visible_gpu
 from nas.latency.runtimes import Runner, runtimes
 
 PROVENANCE = ("name", "memory_bytes", "system", "governor")
@@ -63,15 +62,29 @@ class Device:
             TableError: the runtime has no such provider or graph level here.
             ExtraError: the runtime's package is not installed.
         """
-        cpu = cpu_model()
         opened = runtimes.get(runtime)(provider, graph)
-        accelerator, provider, graph = opened.accelerator(), opened.provider, opened.graph
-        named = [accelerator or cpu, runtime, "" if accelerator else provider, graph, f"t{threads}"]
-        default = re.sub(r"[^a-z0-9]+", "-", "-".join([*named, f"b{batch}" if batch > 1 else ""]).lower()).strip("-")
-        return cls(
-            name or default, cpu, os.cpu_count() or 1, runtime, opened.version(), threads, batch,
-            provider, graph, accelerator, memory_bytes(), operating_system(), governor(),
-        )  # fmt: skip
+        facts = {
+            **machine(), "name": name, "runtime": runtime, "runtime_version": opened.version(), "threads": threads,
+            "batch": batch, "provider": opened.provider, "graph": opened.graph, "accelerator": opened.accelerator(),
+        }  # fmt: skip
+        return cls.from_facts(facts)
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Device:
+        """A device from its plain form; "" for a name becomes the default one.
+
+        Raises:
+            TypeError: a fact that has no default is missing.
+        """
+        known = {field.name for field in fields(cls)}
+        device = cls(**{key: value for key, value in facts.items() if key in known})
+        return device if device.name else replace(device, name=device._default_name())
+
+    def _default_name(self) -> str:
+        provider = "" if self.accelerator else self.provider.removesuffix("ExecutionProvider")
+        batch = f"b{self.batch}" if self.batch > 1 else ""
+        words = [self.accelerator or self.cpu, self.runtime, provider, self.graph, f"t{self.threads}", batch]
+        return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
 
     def load(self, model: onnx.ModelProto, *, part: bool = False) -> Runner:
         """``model``, a whole network or a part of one, ready to run in this device's scenario."""

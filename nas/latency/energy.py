@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,6 +135,17 @@ def millijoules(meter: Meter, run: Callable[[], object], seconds: float = 1.0, e
             return 1e3 * used / calls
         if spent > 10 * seconds:
             raise ValueError(f"{meter.source} counted {used} J in {spent:.1f} s")
+
+
+def metered(meter: Meter | Absent, runs: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Any]:
+    """Plain form for files: millijoules of a call of each, or why there are none."""
+    if isinstance(meter, Absent):
+        return {"absent": meter.reason}
+    try:
+        used = {name: millijoules(meter, run, seconds) for name, run in runs.items()}
+    except ValueError as error:
+        return {"absent": str(error)}
+    return {"source": meter.source, "millijoules": used}
 
 
 def _line(path: Path) -> str:

@@ -7,6 +7,15 @@ import platform
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """The facts of this machine under the names that latency tables have for them."""
+    return {
+        "cpu": cpu_model(), "cores": os.cpu_count() or 1, "memory_bytes": memory_bytes(),
+        "system": f"{platform.system()} {platform.release()}".strip(), "governor": governor(),
+    }  # fmt: skip
 
 
 def cpu_model() -> str:
@@ -16,7 +25,8 @@ def cpu_model() -> str:
     """
     info = _read(Path("/proc/cpuinfo"))
     if not info:
-        return platform.processor() or platform.machine()
+        brand = _said("sysctl", "-n", "machdep.cpu.brand_string") if platform.system() == "Darwin" else ""
+        return brand or platform.processor() or platform.machine()
     fields = dict(re.findall(r"^(model name|model)\s*:\s*(.+)$", info, re.MULTILINE))
     if "model name" in fields:
         name = fields["model name"]
@@ -38,29 +48,28 @@ def governor(root: Path = Path("/sys/devices/system/cpu")) -> str:
     return _read(root / "cpu0" / "cpufreq" / "scaling_governor").strip()
 
 
-def operating_system() -> str:
-    """Kernel and release, such as ``Linux 6.1.0-18-amd64``."""
-    return f"{platform.system()} {platform.release()}".strip()
-
-
 def nvidia_gpu(index: int = 0) -> str:
     """Name of an NVIDIA GPU as its driver's own tool gives it, "" where there is no driver or no such GPU.
 
     Args:
         index: as CUDA counts, that is among the devices of ``CUDA_VISIBLE_DEVICES`` where that is set.
     """
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", visible_gpu(index)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
+    return _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", visible_gpu(index))
 
 
 def visible_gpu(index: int) -> str:
     """What the driver calls the GPU that CUDA calls ``index``: a number or a UUID."""
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return visible[index] if index < len(visible) else str(index)
+
+
+def _said(*command: str) -> str:
+    """The first line that a command prints, "" where it fails or does not exist."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
 
 
 def _read(path: Path) -> str:

@@ -109,4 +109,10 @@ def random_inputs(model: onnx.ModelProto, batch: int) -> dict[str, npt.NDArray[A
     return sessions.random_inputs(described, batch)
 
 
+def is_int8(model: onnx.ModelProto) -> bool:
+    """Whether anything is quantised in the model."""
+    words = ("quantize", "qlinear", "integer")
+    return any(word in node.op_type.lower() for node in model.graph.node for word in words)
+
+
 runtimes: Registry[type[Runtime]] = Registry("runtime")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import onnx
-import onnxruntime as ort
 
 from nas.errors import TableError
 from nas.latency.hardware import nvidia_gpu
 from nas.latency.runtimes.base import Runner, Runtime, runtimes
-from nas.latency.sessions import Session, SessionError, gpu_index, graph_name, provider_name
+from nas.latency.sessions import Session, SessionError, gpu_index, graph_name, provider_name, version
 
 
 class _Runner(Session, Runner):
@@ -39,7 +38,7 @@ class OnnxRuntime(Runtime):
         return "" if index is None else nvidia_gpu(index) or "NVIDIA GPU"
 
     def version(self) -> str:
-        return str(ort.__version__)
+        return version()
 
     def load(self, model: onnx.ModelProto, *, threads: int, batch: int) -> Runner:
         return self._load(model, threads, batch, bound=False)

@@ -20,9 +20,9 @@ from onnx import helper, numpy_helper
 from torch import fx, nn
 
 from nas.errors import TableError
+from nas.latency.runtimes.base import is_int8
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-INT8 = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
 
 
 class Node:
@@ -283,12 +283,12 @@ def to_torch(model: onnx.ModelProto, inputs: dict[str, npt.NDArray[Any]]) -> fx.
     Raises:
         TableError: the model is int8, or has an operator that is not translated.
     """
-    kinds = {node.op_type for node in model.graph.node}
-    if kinds.intersection(INT8):
+    if is_int8(model):
         raise TableError(
             "The runtime torch executes no int8: it would compute in float and round, which nobody deploys.",
             remedy="profile fp32 only, or use the runtime onnxruntime or openvino",
         )
+    kinds = {node.op_type for node in model.graph.node}
     if unknown := sorted(kinds - OPERATORS.keys() - {"Constant", "Shape", "ConstantOfShape", "Identity", "Dropout"}):
         raise TableError(
             f"The runtime torch has no translation of {', '.join(unknown)}.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,7 @@ class OpenVino(Runtime):
     """
 
     def __init__(self, provider: str = "", graph: str = "") -> None:
-        try:
-            import openvino
-        except ImportError as error:
-            raise ExtraError(
-                "The runtime openvino needs the package openvino.", remedy="pip install 'latency-nas[openvino]'"
-            ) from error
-        self._version, self.core = str(openvino.__version__), openvino.Core()
+        self._version, self.core = _openvino()
         super().__init__(provider, graph)
 
     def find_provider(self, name: str) -> str:
@@ -72,6 +67,18 @@ class OpenVino(Runtime):
     @property
     def _device(self) -> str:
         return self.provider or "CPU"
+
+
+@lru_cache(maxsize=1)
+def _openvino() -> tuple[str, Any]:
+    """Version and core; a core takes 20 ms, and a runtime is opened for every model."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise ExtraError(
+            "The runtime openvino needs the package openvino.", remedy="pip install 'latency-nas[openvino]'"
+        ) from error
+    return str(openvino.__version__), openvino.Core()
 
 
 class _Runner(Runner):
