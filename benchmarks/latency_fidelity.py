@@ -95,11 +95,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         tests = exported_nets(space, TASK, executor, unseen, progress=say)
     begin = time.perf_counter()
     effort = Effort(60 * options.minutes, noise=0.0, seed=options.seed)
-    models = [net.model for net in (*nets, *tests)]
+    models = [net.model for net in (*nets, *tests) if net.model is not None]
     keys = choose_keys(space, device, effort.seconds, models, note=lambda text: say(0, text))
     plan = Plan.of(space, nets, keys)
     names = [f"test {i}" for i in range(len(tests))]
-    others = {name: net.model for name, net in zip(names, tests, strict=True)}
+    others = dict(zip(names, models[len(nets) :], strict=True))
     seen = measure(plan, device, effort, begin=begin, others=others, progress=say)
     table = assemble(plan, seen, device.as_dict())
     if options.keep:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nas import __version__
-from nas.errors import NasError
+from nas.errors import ExperimentError, NasError
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -114,6 +114,15 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--minutes", type=float, help="for loading and timing; what does not fit is interpolated")
     profile.add_argument("--resume", action="store_true", help="go on with a measurement that Ctrl-C ended")
     profile.add_argument("--out", type=Path, help="table file (default: this machine's cache, where searches look)")
+    profile.add_argument("--bundle", type=Path, metavar="DIR", help="write what another machine can measure by itself")
+    profile.add_argument(
+        "--from-bundle", type=Path, metavar="DIR", help="make the table of a bundle (or its measurements.json)"
+    )
+    profile.add_argument("--ssh", metavar="HOST", help="measure on a machine with numpy and onnxruntime, over ssh")
+    profile.add_argument("--ssh-python", default="python3", metavar="COMMAND", help="its Python (default: %(default)s)")
+    profile.add_argument(
+        "--ssh-option", action="append", default=[], metavar="OPTION", help="for ssh, as in --ssh-option=-p2222"
+    )
     profile.set_defaults(function=_profile)
 
     front = commands.add_parser(
@@ -202,17 +211,33 @@ def _print_sweep(folder: Path) -> None:
 def _profile(options: argparse.Namespace) -> int:
     from nas import profiling
 
-    subject = _subject(options)
+    if sum(way is not None for way in (options.bundle, options.from_bundle, options.ssh)) > 1:
+        raise ExperimentError("--bundle, --from-bundle and --ssh exclude each other.", remedy="give one of them")
+    subject = None if options.from_bundle else _subject(options)
     bar = Bar()
     with bar.progress:
-        path, _ = profiling.profile_here(subject, options.out, resume=options.resume, progress=bar)
-    console.print(f"table written to {escape(str(path))}", soft_wrap=True)
+        if subject is None:
+            path, _ = profiling.read(options.from_bundle, options.out, name=options.name, progress=bar)
+        elif options.bundle is not None:
+            profiling.write(subject, options.bundle, progress=bar)
+        elif options.ssh is not None:
+            path, _ = profiling.profile_over_ssh(
+                subject, options.ssh, options.out, name=options.name, python=options.ssh_python,
+                options=options.ssh_option, progress=bar,
+            )  # fmt: skip
+        else:
+            path, _ = profiling.profile_here(subject, options.out, resume=options.resume, progress=bar)
+    if options.bundle is not None:
+        said = f"bundle written to {options.bundle}: copy it to the device, run `python3 run.py` in it, bring it back, "
+        said += f"and `nas profile --from-bundle {options.bundle}`"
+    else:
+        said = f"table written to {path}"
+    console.print(said, markup=False, soft_wrap=True)
     return 0
 
 
 def _subject(options: argparse.Namespace) -> Any:
     from nas import profiling
-    from nas.errors import ExperimentError
     from nas.experiment import load_experiment
 
     if (options.experiment is None) == (options.space is None):

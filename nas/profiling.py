@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nas import content
-from nas.errors import ExperimentError
+from nas.errors import ExperimentError, SpaceError, TableError
 from nas.executors import Processes, cores
 from nas.experiment import Experiment, apply_overrides
 from nas.job import Job
 from nas.latency import Device, LatencyTable
-from nas.latency.profile import Effort, describe
+from nas.latency.bundle import read_measurements, write_bundle
+from nas.latency.interpolate import grid
+from nas.latency.plan import CALLS, YARDSTICK, CalibrationNet, Plan, calibration_genomes
+from nas.latency.profile import Effort, Seen, assemble, describe
+from nas.latency.remote import run_over_ssh
 from nas.progress import Progress, Silent
 from nas.space import SearchSpace, TaskInfo
-from nas.student.tables import build_table, cached_path, partial_of
+from nas.student.tables import build_table, cached_path, calibration_nets, partial_of
 
 MINUTES = 10.0
 NETS = 30
+FAR_PARTS = 2.0  # parts that a bundle holds for each second of measuring
+FAR_ENERGY_SECONDS = 0.1  # metering of a part, where there is a meter
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,14 @@ class Subject:
     """What is profiled: a space, on data of some shape, on a device.
 
     Attributes:
+        name, settings: of the space, by which it can be made again.
         space, info, device: as in an experiment.
         effort: how long, and how well.
         nets: calibration networks.
     """
 
+    name: str
+    settings: dict[str, Any]
     space: SearchSpace
     info: TaskInfo
     device: Device
@@ -64,7 +75,8 @@ def of_experiment(experiment: Experiment, scenario: Scenario, minutes: float | N
     job = Job(experiment, Path("."))
     device = Device.local(**{**experiment.device.model_dump(), **scenario.given})
     seconds = section.seconds if minutes is None else 60 * minutes
-    return Subject(job.space, job.task.info, device, Effort(seconds, section.noise), section.nets)
+    space, effort = experiment.space, Effort(seconds, section.noise)
+    return Subject(space.name, space.settings, job.space, job.task.info, device, effort, section.nets)
 
 
 def of_space(
@@ -87,7 +99,8 @@ def of_space(
     mean, std = (0.5,) * shape[0], (0.25,) * shape[0]
     info = TaskInfo(shape, classes, mean, std)
     space = content.load_space(name, info, settings)
-    return Subject(space, info, Device.local(**scenario.given), Effort(60 * (minutes or MINUTES)), NETS)
+    effort = Effort(60 * (minutes or MINUTES))
+    return Subject(name, settings, space, info, Device.local(**scenario.given), effort, NETS)
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -129,3 +142,117 @@ def profile_here(
 def exporter() -> Processes:
     """Workers that export networks."""
     return Processes(None, cores())
+
+
+# ---- devices far away ------------------------------------------------------------------------------------
+
+
+def write(subject: Subject, folder: Path, *, progress: Progress | None = None) -> Plan:
+    """A bundle of the subject's parts and networks, to be measured on a machine with numpy and onnxruntime.
+
+    How fast that machine is cannot be tried from here: :data:`FAR_PARTS` parts a second are sent.
+
+    Raises:
+        TableError: the runtime is not onnxruntime, or the folder is taken.
+    """
+    progress = progress or Silent()
+    if subject.device.runtime != "onnxruntime":
+        raise TableError(
+            f"A bundle is measured by onnxruntime, not by {subject.device.runtime!r}.", remedy="leave --runtime out"
+        )
+    torch.set_num_threads(1)
+    progress.stage("bundle")
+    with exporter() as executor:
+        nets = calibration_nets(subject.space, subject.info, executor, subject.nets, progress=progress.update)
+    parts = subject.space.keys()
+    plan = Plan.of(subject.space, nets, grid(parts, int(FAR_PARTS * subject.effort.seconds)))
+    if plan.absent:
+        progress.note(f"{len(plan.measured)} of {len(parts)} parts are in the bundle, the others will be interpolated")
+    d = subject.device
+    scenario = {
+        "threads": d.threads, "batch": d.batch, "provider": d.provider, "graph": d.graph,
+        "seconds": subject.effort.seconds, "seed": subject.effort.seed, "calls": CALLS,
+        "watch": plan.net_names, "target_noise": subject.effort.noise,
+        "parts": list(plan.measured), "energy": list(plan.measured), "energy_seconds": FAR_ENERGY_SECONDS,
+    }  # fmt: skip
+    facts = {
+        "space": subject.name, "settings": subject.settings, "info": asdict(subject.info),
+        "genomes": calibration_genomes(subject.space, subject.nets).tolist(), "bytes": [n.size_bytes for n in nets],
+        "plan": plan.identity,
+    }  # fmt: skip
+    models = {key: part.to_onnx(d.batch) for key, part in plan.measured.items()} | plan.models
+    write_bundle(folder, models, YARDSTICK.to_onnx(d.batch), scenario, facts)
+    return plan
+
+
+def read(
+    measured: Path, out: Path | None = None, *, name: str | None = None, progress: Progress | None = None
+) -> tuple[Path, LatencyTable]:
+    """The table of what a bundle's script measured, and its file.
+
+    Args:
+        measured: the bundle's folder, or its ``measurements.json`` alone.
+        name: of the device; by default its processor, runtime and threads.
+
+    Raises:
+        TableError: the measurements are damaged, unfinished, or not of the space that they name.
+    """
+    progress = progress or Silent()
+    result = read_measurements(measured)
+    facts = result.facts
+    try:
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in facts["info"].items()}
+        info = TaskInfo(**plain)
+        space = content.load_space(facts["space"], info, facts["settings"])
+        nets = [
+            CalibrationNet(tuple(space.parts(space.decode(np.array(row)))), None, size)
+            for row, size in zip(facts["genomes"], facts["bytes"], strict=True)
+        ]
+    except (KeyError, TypeError, ValueError, SpaceError) as error:
+        raise TableError(
+            f"{measured} says of no space that is known here what it measured: {error}.",
+            remedy="write the bundle again with `nas profile --bundle`, with this version",
+        ) from error
+    plan = Plan.of(space, nets, list(result.measurement.samples))
+    if plan.identity != facts.get("plan"):
+        raise TableError(
+            f"{measured} was measured of another version of space {space.name!r}.", remedy="write the bundle again"
+        )
+    device = result.device if name is None else replace(result.device, name=name)
+    energy = result.energy
+    meter = energy["source"] if "source" in energy else f"not measured: {energy.get('absent', 'unknown')}"
+    seen = Seen(result.measurement, result.fused, energy.get("millijoules", {}), meter)
+    table = assemble(plan, seen, device.as_dict())
+    path = out or cached_path(space, device)
+    table.save(path)
+    progress.note(describe(table))
+    return path, table
+
+
+def profile_over_ssh(
+    subject: Subject,
+    host: str,
+    out: Path | None = None,
+    *,
+    name: str | None = None,
+    python: str = "python3",
+    options: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> tuple[Path, LatencyTable]:
+    """Write a bundle, measure it on ``host`` (which needs numpy and onnxruntime), and make the table.
+
+    An interrupted measurement stays on the host; the same command goes on with it.
+
+    Args:
+        python: the host's command for Python.
+        options: for ssh, such as ``("-p", "2222")``.
+    """
+    progress = progress or Silent()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "bundle"
+        write(subject, folder, progress=progress)
+        progress.stage(f"measuring on {host}")
+        run_over_ssh(
+            host, folder, python=python, ssh_options=options, progress=lambda line: progress.update(0.0, line)
+        )
+        return read(folder, out, name=name, progress=progress)

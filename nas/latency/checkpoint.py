@@ -37,7 +37,7 @@ def load(path: Path) -> tuple[Measurement, str]:
         TableError: the file is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             head = json.loads(file["head"].tobytes())
             calls, yardstick = file["calls"].astype(float), file["yardstick"].astype(float)
         if not (np.isfinite(calls).all() and (calls > 0).all() and np.isfinite(yardstick).all()):
@@ -45,5 +45,5 @@ def load(path: Path) -> tuple[Measurement, str]:
         pairs = zip(head["names"], calls.tolist(), yardstick.tolist(), strict=True)
         samples = {name: Samples(visits, beside) for name, visits, beside in pairs}
         return Measurement(samples, head["reference"], head["seconds"], calls.shape[1]), str(head["identity"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile) as error:
+    except (EOFError, OSError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile) as error:
         raise TableError(f"{path} is no measurement that can be gone on with: {error}.", remedy=REMEDY) from error

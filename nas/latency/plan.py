@@ -30,10 +30,22 @@ MEMORY_SHARE = 0.5  # of what is free, for loaded models
 
 @dataclass(frozen=True)
 class CalibrationNet:
-    """A whole exported net of the space: what the sums of parts are fitted to."""
+    """A whole exported net of the space: what the sums of parts are fitted to.
+
+    Attributes:
+        parts: what it executes.
+        model: as a student's file is; None where it was measured far away.
+        stored_bytes: of the file, where there is no model.
+    """
 
     parts: tuple[Part, ...]
-    model: onnx.ModelProto
+    model: onnx.ModelProto | None
+    stored_bytes: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the file."""
+        return self.stored_bytes if self.model is None else int(self.model.ByteSize())
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,11 @@ class Plan:
         return [f"net {i}" for i in range(len(self.nets))]
 
     @property
+    def models(self) -> dict[str, onnx.ModelProto]:
+        """The networks that are here, by those names."""
+        return {name: net.model for name, net in zip(self.net_names, self.nets, strict=True) if net.model is not None}
+
+    @property
     def identity(self) -> str:
         """Equal for plans whose measurements may be joined."""
         nets = [sorted((part.key, part.count) for part in net.parts) for net in self.nets]
@@ -88,7 +105,7 @@ def choose_keys(
     space: SearchSpace,
     device: Device,
     seconds: float,
-    nets: Sequence[onnx.ModelProto],
+    models: Sequence[onnx.ModelProto],
     *,
     seed: int = 0,
     note: Callable[[str], None] = lambda _: None,
@@ -104,9 +121,9 @@ def choose_keys(
     before = _resident()
     load, visit = _cost([partial(_load, parts[key], device) for key in pilots], device)
     memory = max(0, _resident() - before) / len(pilots)
-    some = [nets[i] for i in np.linspace(0, len(nets) - 1, min(PILOT_NETS, len(nets))).astype(int)]
-    load_net, visit_net = _cost([partial(device.load, net) for net in some], device)
-    left = seconds - (time.perf_counter() - begin) - len(nets) * (load_net + ROUNDS * visit_net)
+    some = [models[i] for i in np.linspace(0, len(models) - 1, min(PILOT_NETS, len(models))).astype(int)]
+    load_net, visit_net = _cost([partial(device.load, model) for model in some], device)
+    left = seconds - (time.perf_counter() - begin) - len(models) * (load_net + ROUNDS * visit_net)
     by_time = max(0, int(left / (load + ROUNDS * visit)))
     by_memory = int(MEMORY_SHARE * _free() / memory) if memory else len(parts)
     keys = grid(parts, min(by_time, by_memory))
@@ -124,7 +141,9 @@ def _load(part: Part, device: Device) -> Runner:
 
 
 def _cost(loaders: Sequence[Callable[[], Runner]], device: Device) -> tuple[float, float]:
-    """Mean seconds to load a model, and for one visit of it."""
+    """Mean seconds to load a model, and for one visit of it; nothing where there are none."""
+    if not loaders:
+        return 0.0, 0.0
     yardstick = load_yardstick(device)
     start = time.perf_counter()
     runners = [load() for load in loaders]

@@ -81,8 +81,9 @@ def profile(
     earlier, identity = _earlier(partial) if partial is not None and resume else (None, "")
     if earlier is None:
         keys = choose_keys(
-            space, device, effort.seconds, [net.model for net in nets], seed=effort.seed, note=note
-        )
+            space, device, effort.seconds, [net.model for net in nets if net.model is not None], seed=effort.seed,
+            note=note,
+        )  # fmt: skip
     else:
         keys = list(set(space.keys()) & set(earlier.samples))
     plan = Plan.of(space, nets, keys)
@@ -128,9 +129,7 @@ def measure(
         runners[key] = device.load(part.to_onnx(device.batch), part=True)
         if progress is not None and i % 20 == 0:
             progress(0.0, f"loading part {i} of {len(plan.measured)}")
-    for name, net in zip(plan.net_names, plan.nets, strict=True):
-        runners[name] = device.load(net.model)
-    for name, model in (others or {}).items():
+    for name, model in {**plan.models, **(others or {})}.items():
         runners[name] = device.load(model)
 
     def keep(seen: Measurement) -> None:
@@ -143,6 +142,7 @@ def measure(
             calls=CALLS, target_noise=effort.noise, watch=plan.net_names, seed=effort.seed, progress=progress,
             earlier=earlier, checkpoint=keep,
         )  # fmt: skip
+        keep(measurement)
         energy, meter = _energy(runners, device, ENERGY_SHARE * measurement.seconds)
     return Seen(measurement, {name: runner.fused() for name, runner in runners.items()}, energy, meter)
 
@@ -166,7 +166,7 @@ def assemble(plan: Plan, seen: Seen, device: Mapping[str, object]) -> LatencyTab
     net_how = m.best_aggregator(names)
     latency = m.values(names, net_how) * m.level(names, net_how)
     nets = [
-        Net(counts(net.parts), float(ms), m.samples[name].timing().p95, float(net.model.ByteSize()), 0.0, 0.0)
+        Net(counts(net.parts), float(ms), m.samples[name].timing().p95, float(net.size_bytes), 0.0, 0.0)
         for name, net, ms in zip(names, plan.nets, latency, strict=True)
     ]
     base = LatencyTable(
