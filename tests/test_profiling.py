@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -70,14 +71,18 @@ def test_ctrl_c_keeps_what_was_measured_and_resume_goes_on(tmp_path: Path) -> No
     """A real process is interrupted in the middle of its rounds."""
     out = tmp_path / "table.json"
     command = [sys.executable, "-m", "nas", "profile", *ARGUMENTS, "--out", str(out)]
-    with subprocess.Popen([*command, "--minutes", "5"]) as process:
-        deadline = time.monotonic() + 120
-        held = 0  # pilots hold the lock too, but for a moment
-        while time.monotonic() < deadline and process.poll() is None and held < 40:
-            held = held + 1 if _measuring(process.pid) else 0
-            time.sleep(0.01)
+    terminal, other_end = pty.openpty()  # where progress is drawn as it happens
+    with subprocess.Popen([*command, "--minutes", "5"], stdout=other_end) as process:
+        os.close(other_end)
+        shown = b""
+        while b"round " not in shown:
+            shown += os.read(terminal, 1024)
         process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # the end of a terminal whose program is gone
+            while os.read(terminal, 1024):
+                pass
         assert process.wait(60) == 130
+    os.close(terminal)
     kept, _ = load_checkpoint(partial_of(out))
     assert kept.rounds >= 1
     assert not out.exists()
@@ -85,18 +90,6 @@ def test_ctrl_c_keeps_what_was_measured_and_resume_goes_on(tmp_path: Path) -> No
     table = LatencyTable.load(out)
     assert table.protocol["rounds"] >= kept.rounds
     assert not partial_of(out).exists()
-
-
-def _measuring(pid: int) -> bool:
-    """Whether the process holds the machine's measurement lock, which it takes when it begins to time."""
-    lock = Path(os.environ["NAS_CACHE_DIR"]) / "machine.lock"
-    if not lock.exists():
-        return False
-    inode = lock.stat().st_ino
-    return any(
-        line.split()[4] == str(pid) and line.split()[5].endswith(f":{inode}") and "WRITE" in line
-        for line in Path("/proc/locks").read_text().splitlines()
-    )
 
 
 def test_resume_refuses_what_was_measured_of_something_else(tmp_path: Path) -> None:
