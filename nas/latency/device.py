@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,23 @@ class Device:
     @property
     def fingerprint(self) -> str:
         """Equal for machines and scenarios whose measurements may be exchanged."""
-        facts = {key: value for key, value in asdict(self).items() if key != "name"}
-        return digest(facts)[:12]
+        return digest(self._facts())[:12]
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """The facts in which another device's plain form differs from this one: ``["threads 2, here 1"]``.
+
+        Empty exactly where the fingerprints agree; what the other does not say is its field's default.
+        """
+        facts = self._facts()
+        theirs = {key: other.get(key, getattr(type(self), key, "unknown")) for key in facts}
+        return [
+            f"{key.replace('_', ' ')} {theirs[key] or 'default'}, here {value or 'default'}"
+            for key, value in facts.items()
+            if theirs[key] != value
+        ]
+
+    def _facts(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "name"}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain form for tables and manifests."""

@@ -147,6 +147,8 @@ def _counts(parts: Iterable[Part]) -> dict[str, int]:
 
 def describe(table: LatencyTable) -> str:
     """One line: what a user should know before trusting the table."""
+    if "latency_ms" not in table.errors:
+        return f"{table.name}: {len(table.entries)} parts, whose sums were never compared with whole nets"
     error = asdict(table.errors["latency_ms"])
     return (
         f"{table.name}: {len(table.entries)} parts, whole nets within {100 * error['mape']:.1f} % on average "

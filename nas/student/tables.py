@@ -18,6 +18,7 @@ from nas.evaluators.train import SAMPLE
 from nas.executors import Executor
 from nas.files import digest
 from nas.latency import Device, LatencyTable
+from nas.latency.check import rebuild
 from nas.latency.measure import Progress
 from nas.latency.profile import CalibrationNet, calibration_genomes, profile
 from nas.locks import cache_dir
@@ -41,9 +42,9 @@ def find_table(path: str, space: SearchSpace, device: Device, note: Callable[[st
         table = LatencyTable.load(content.find("latency_tables", path))
         keys = list(space.keys())
         if missing := table.missing(keys):
-            raise table.lacks(missing, len(keys))
+            raise table.lacks(missing, len(keys), space.name)
         if table.device.get("fingerprint") != device.fingerprint:
-            note(f"table {table.name} was measured on another device; predictions may be off, measurements are not")
+            note(elsewhere(table, device))
         return table
     for found in (cached_path(space, device), *content.available("latency_tables").values()):
         if found.suffix != ".json" or not found.exists():
@@ -56,6 +57,15 @@ def find_table(path: str, space: SearchSpace, device: Device, note: Callable[[st
         if table.device.get("fingerprint") == device.fingerprint and not table.missing(list(space.keys())):
             return table
     return None
+
+
+def elsewhere(table: LatencyTable, device: Device) -> str:
+    """What to know of a table that was asked for and comes from another device."""
+    apart = "; ".join(device.differences(table.device))
+    return (
+        f"table {table.name} was measured on another device ({apart}); predictions may be off, measurements are not: "
+        + rebuild(table.space)
+    )
 
 
 def build_table(
