@@ -111,7 +111,8 @@ def _entries(raw: dict[str, Any]) -> Iterator[Problem]:
                 )
                 break
         if entry["p50"] > entry["p95"] * (1 + 1e-9):
-            yield Problem(f"entry {key!r}: its median {entry['p50']:.4g} is above its 95th percentile {entry['p95']:.4g}")
+            text = f"entry {key!r}: its median {entry['p50']:.4g} is above its 95th percentile {entry['p95']:.4g}"
+            yield Problem(text, fatal=entry["measured"])
         if not entry["measured"] and not raw["interpolation"] and not raw["origin"]:
             yield Problem(f"entry {key!r} was not measured, and the table does not say how good that is", fatal=False)
 
@@ -126,7 +127,8 @@ def _nets(raw: dict[str, Any]) -> Iterator[Problem]:
             total = sum(count * entries[key]["value"] for key, count in net["parts"].items())
             if not 1 / UNITS_APART <= total / net["measured_ms"] <= UNITS_APART:
                 yield Problem(
-                    f"nets[{i}] takes {net['measured_ms']:.4g} ms, the sum of its parts is {total:.4g} ms, so the units are mixed"
+                    f"nets[{i}] takes {net['measured_ms']:.4g} ms, the sum of its parts is {total:.4g} ms, "
+                    "so the units are mixed"
                 )
 
 
@@ -143,7 +145,7 @@ def _provenance(raw: dict[str, Any]) -> Iterator[Problem]:
     if raw["origin"]:
         for name in ("source", "licence"):
             if not raw["origin"].get(name):
-                yield Problem(f"origin lacks {name!r}: whose figures are these, and may they be passed on?", fatal=False)
+                yield Problem(f"origin lacks {name!r}: whose are the figures, and who may have them?", fatal=False)
         return
     lacking = [name for name in _OWN_FACTS if name not in raw["device"]]
     if lacking:

@@ -16,7 +16,7 @@ from typing import Any
 
 Schema = Mapping[str, Any]
 FILE = Path(__file__).with_name("table.schema.json")
-_TYPES = {
+_TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool,
     "null": type(None),
 }  # fmt: skip

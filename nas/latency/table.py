@@ -113,7 +113,9 @@ class LatencyTable:
             f"Table {self.name!r} lacks {len(missing)} of {wanted} parts, the first {missing[0]!r}"
             + (f"; the nearest that it has is {near!r}." if near else ".")
             + (f" It was built for space {self.space!r}, not {space!r}." if space not in ("", self.space) else ""),
-            remedy=rebuild(space or self.space) + ", with the settings that the space has here",
+            remedy="a network of blocks that its publisher measured, or another table (`nas tables list`)"
+            if self.origin
+            else rebuild(space or self.space) + ", with the settings that the space has here",
         )
 
     def missing(self, keys: list[str]) -> list[str]:

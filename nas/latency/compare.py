@@ -1,0 +1,188 @@
+"""Two latency tables beside each other: what they share, how much apart they are, and how they rank networks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.errors import TableError
+from nas.latency.estimator import AdditiveEstimator
+from nas.latency.fit import LinearFit, spearman
+from nas.latency.importers import importers
+from nas.latency.table import LatencyTable
+from nas.space import SearchSpace
+
+Array = npt.NDArray[np.float64]
+SWAPS = 5
+TRIES = 20  # candidates drawn for each that is wanted, where the tables cover only some of a space
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A network that the two tables rank differently; ranks count from the fastest, 1."""
+
+    network: str
+    rank_a: int
+    rank_b: int
+    ms_a: float
+    ms_b: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How the two rank a set of networks.
+
+    Attributes:
+        what: which networks, and how they were priced.
+        nets: how many both cover.
+        spearman: rank correlation of the two prices.
+        ratio: quartiles of price in b / price in a.
+        swaps: the networks that change their places most, the furthest first.
+    """
+
+    what: str
+    nets: int
+    spearman: float
+    ratio: tuple[float, float, float]
+    swaps: tuple[Swap, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The whole of it; ``ratio`` and ``spearman`` are of the shared parts' values, b / a."""
+
+    shared: int
+    only_a: int
+    only_b: int
+    ratio: tuple[float, float, float]
+    spearman: float
+    rankings: tuple[Ranking, ...]
+
+
+def compare(a: LatencyTable, b: LatencyTable, space: SearchSpace | None = None, n: int = 1000) -> Comparison:
+    """Compare two tables part by part and network by network.
+
+    Networks are the calibration networks of both, those of the format that both were imported from, and, with
+    ``space``, up to ``n`` random candidates that both cover.
+
+    Raises:
+        TableError: the tables share no part.
+    """
+    shared = [key for key in a.entries if key in b.entries]
+    if not shared:
+        raise TableError(
+            f"Tables {a.name!r} and {b.name!r} share no part: there is nothing to compare.",
+            expected="two tables for the same parts, on different devices or of different days",
+        )
+    values_a, values_b = (np.array([table.entries[key].value for key in shared]) for table in (a, b))
+    rankings = [*_calibration(a, b), *_imported(a, b, n)]
+    if space is not None:
+        rankings.append(_candidates(a, b, space, n))
+    return Comparison(
+        len(shared), len(a.entries) - len(shared), len(b.entries) - len(shared), _quartiles(values_b / values_a),
+        spearman(values_a, values_b), tuple(rankings),
+    )  # fmt: skip
+
+
+def _calibration(a: LatencyTable, b: LatencyTable) -> list[Ranking]:
+    """Both tables' own networks, as plain sums; where both measured the same ones, as measured too."""
+    nets = {f"net {i} of {name}": net.parts for name, t in (("a", a), ("b", b)) for i, net in enumerate(t.nets)}
+    distinct = {frozenset(parts.items()): label for label, parts in reversed(nets.items())}
+    covered = {
+        label: dict(parts)
+        for parts, label in reversed(distinct.items())
+        if parts and all(key in a.entries and key in b.entries for key, _ in parts)
+    }
+    found = []
+    if len(covered) >= 3:
+        sums = (_sums(a, covered.values()), _sums(b, covered.values()))
+        found.append(_ranking("calibration networks, sums of parts", list(covered), *sums))
+    measured = [{frozenset(net.parts.items()): net.measured_ms for net in t.nets if net.parts} for t in (a, b)]
+    both = [parts for parts in measured[0] if parts in measured[1]]
+    if len(both) >= 3:
+        labels = [distinct[parts] for parts in both]
+        times = (np.array([one[parts] for parts in both]) for one in measured)
+        found.append(_ranking("calibration networks, as measured", labels, *times))
+    return found
+
+
+def _imported(a: LatencyTable, b: LatencyTable, n: int) -> list[Ranking]:
+    """Random networks of the format that both tables come from."""
+    if not (a.origin and b.origin and a.space == b.space):
+        return []
+    drawn = [importers.get(name).random_net for name in importers if importers.get(name).space == a.space]
+    if not drawn:
+        return []
+    rng = np.random.default_rng(0)
+    nets: list[Mapping[str, int]] = []
+    for _ in range(TRIES * n):
+        parts = Counter(drawn[0](rng))
+        if all(key in a.entries and key in b.entries for key in parts):
+            nets.append(parts)
+        if len(nets) == n:
+            break
+    labels = [f"random net {i}" for i in range(len(nets))]
+    return [_ranking(f"random networks of {a.space}", labels, _sums(a, nets), _sums(b, nets))] if len(nets) > 2 else []
+
+
+def _candidates(a: LatencyTable, b: LatencyTable, space: SearchSpace, n: int) -> Ranking:
+    """Random candidates, priced as a search would price them."""
+    genomes = space.sample(np.random.default_rng(0), n)
+    keys = list(space.keys())
+    if not keys:
+        raise TableError(f"Space {space.name!r} has no parts: its costs are published.", expected="a space of parts")
+    if a.missing(keys) or b.missing(keys):
+        pool = space.sample(np.random.default_rng(0), TRIES * n)
+        nets = []
+        for genome in pool:
+            parts = list(space.parts(space.decode(genome)))
+            if all(part.key in a.entries and part.key in b.entries for part in parts):
+                nets.append(parts)
+            if len(nets) == n:
+                break
+        if len(nets) < 3:
+            raise (a if a.missing(keys) else b).lacks((a if a.missing(keys) else b).missing(keys), len(keys), space.name)
+        priced = [
+            np.array([_fit(t).net((part, t.entries[part.key].value) for part in parts) for parts in nets])
+            for t in (a, b)
+        ]
+        return _ranking(f"candidates of {space.name} that both cover", _numbered(len(nets)), *priced)
+    full = [AdditiveEstimator(space, _priced(t), ("latency_ms",)).price(genomes)[:, 0] for t in (a, b)]
+    return _ranking(f"random candidates of {space.name}", _numbered(len(genomes)), *full)
+
+
+def _numbered(n: int) -> list[str]:
+    return [f"candidate {i}" for i in range(n)]
+
+
+def _fit(table: LatencyTable) -> LinearFit:
+    return table.fits.get("latency_ms", LinearFit())
+
+
+def _priced(table: LatencyTable) -> LatencyTable:
+    table.fits.setdefault("latency_ms", LinearFit())
+    return table
+
+
+def _sums(table: LatencyTable, nets: Iterable[Mapping[str, int]]) -> Array:
+    return np.array([sum(count * table.entries[key].value for key, count in parts.items()) for parts in nets])
+
+
+def _ranking(what: str, labels: Sequence[str], a: Array, b: Array) -> Ranking:
+    rank_a, rank_b = (np.argsort(np.argsort(values, kind="stable"), kind="stable") + 1 for values in (a, b))
+    furthest = np.argsort(-np.abs(rank_a - rank_b), kind="stable")[:SWAPS]
+    swaps = tuple(
+        Swap(labels[i], int(rank_a[i]), int(rank_b[i]), float(a[i]), float(b[i]))
+        for i in furthest
+        if rank_a[i] != rank_b[i]
+    )
+    return Ranking(what, len(labels), spearman(a, b), _quartiles(b / a), swaps)
+
+
+def _quartiles(values: Array) -> tuple[float, float, float]:
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return float(low), float(middle), float(high)
