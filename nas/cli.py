@@ -1,4 +1,4 @@
-"""The command line: search, sweep, profile, front, report, list. The only place that prints and exits."""
+"""The command line: search, sweep, profile, tables, front, report, list. The only place that prints and exits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nas import __version__
+from nas import __version__, commands_tables
 from nas.errors import NasError
 
 console = Console(highlight=False)
@@ -99,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     profile.add_argument("--out", type=Path, help="table file (default: this machine's cache, where searches look)")
     profile.set_defaults(function=_profile)
+
+    commands_tables.add_parser(commands, common).set_defaults(function=_tables)
 
     front = commands.add_parser(
         "front", parents=[common], help="a run's Pareto front and best candidate under any reward; trains nothing"
@@ -193,6 +195,13 @@ def _profile(options: argparse.Namespace) -> int:
         path = build_only(experiment, options.out, bar)
     console.print(f"table written to {escape(str(path))}", soft_wrap=True)
     return 0
+
+
+def _tables(options: argparse.Namespace) -> int:
+    answer: commands_tables.Answer = options.answer(options)
+    for line in answer.lines:
+        console.print(line, markup=False, emoji=False, soft_wrap=True)
+    return answer.code
 
 
 def _front(options: argparse.Namespace) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from nas.space import SearchSpace
 
 Array = npt.NDArray[np.float64]
 SWAPS = 5
+FEW = 3  # fewer networks have no ranking to speak of
 TRIES = 20  # candidates drawn for each that is wanted, where the tables cover only some of a space
 
 
@@ -98,12 +100,12 @@ def _calibration(a: LatencyTable, b: LatencyTable) -> list[Ranking]:
         if parts and all(key in a.entries and key in b.entries for key, _ in parts)
     }
     found = []
-    if len(covered) >= 3:
+    if len(covered) >= FEW:
         sums = (_sums(a, covered.values()), _sums(b, covered.values()))
         found.append(_ranking("calibration networks, sums of parts", list(covered), *sums))
     measured = [{frozenset(net.parts.items()): net.measured_ms for net in t.nets if net.parts} for t in (a, b)]
     both = [parts for parts in measured[0] if parts in measured[1]]
-    if len(both) >= 3:
+    if len(both) >= FEW:
         labels = [distinct[parts] for parts in both]
         times = (np.array([one[parts] for parts in both]) for one in measured)
         found.append(_ranking("calibration networks, as measured", labels, *times))
@@ -118,54 +120,42 @@ def _imported(a: LatencyTable, b: LatencyTable, n: int) -> list[Ranking]:
     if not drawn:
         return []
     rng = np.random.default_rng(0)
-    nets: list[Mapping[str, int]] = []
-    for _ in range(TRIES * n):
-        parts = Counter(drawn[0](rng))
-        if all(key in a.entries and key in b.entries for key in parts):
-            nets.append(parts)
-        if len(nets) == n:
-            break
+    pool = (Counter(drawn[0](rng)) for _ in range(TRIES * n))
+    nets = list(islice((parts for parts in pool if all(k in a.entries and k in b.entries for k in parts)), n))
+    if len(nets) < FEW:
+        return []
     labels = [f"random net {i}" for i in range(len(nets))]
-    return [_ranking(f"random networks of {a.space}", labels, _sums(a, nets), _sums(b, nets))] if len(nets) > 2 else []
+    return [_ranking(f"random networks of {a.space}, sums of blocks", labels, _sums(a, nets), _sums(b, nets))]
 
 
 def _candidates(a: LatencyTable, b: LatencyTable, space: SearchSpace, n: int) -> Ranking:
     """Random candidates, priced as a search would price them."""
-    genomes = space.sample(np.random.default_rng(0), n)
     keys = list(space.keys())
     if not keys:
         raise TableError(f"Space {space.name!r} has no parts: its costs are published.", expected="a space of parts")
-    if a.missing(keys) or b.missing(keys):
-        pool = space.sample(np.random.default_rng(0), TRIES * n)
-        nets = []
-        for genome in pool:
-            parts = list(space.parts(space.decode(genome)))
-            if all(part.key in a.entries and part.key in b.entries for part in parts):
-                nets.append(parts)
-            if len(nets) == n:
-                break
-        if len(nets) < 3:
-            raise (a if a.missing(keys) else b).lacks((a if a.missing(keys) else b).missing(keys), len(keys), space.name)
-        priced = [
-            np.array([_fit(t).net((part, t.entries[part.key].value) for part in parts) for parts in nets])
-            for t in (a, b)
-        ]
-        return _ranking(f"candidates of {space.name} that both cover", _numbered(len(nets)), *priced)
-    full = [AdditiveEstimator(space, _priced(t), ("latency_ms",)).price(genomes)[:, 0] for t in (a, b)]
-    return _ranking(f"random candidates of {space.name}", _numbered(len(genomes)), *full)
+    rng = np.random.default_rng(0)
+    lacking = next((table for table in (a, b) if table.missing(keys)), None)
+    if lacking is None:
+        genomes = space.sample(rng, n)
+        whole = [AdditiveEstimator(space, _with_fit(t), ("latency_ms",)).price(genomes)[:, 0] for t in (a, b)]
+        return _ranking(f"random candidates of {space.name}", _numbered(n), *whole)
+    drawn = (space.parts(space.decode(genome)) for genome in space.sample(rng, TRIES * n))
+    covered = (parts for parts in drawn if all(part.key in a.entries and part.key in b.entries for part in parts))
+    nets = list(islice(covered, n))
+    if len(nets) < FEW:
+        raise lacking.lacks(lacking.missing(keys), len(keys), space.name)
+    fits = [(table, _with_fit(table).fits["latency_ms"]) for table in (a, b)]
+    some = [np.array([fit.net((p, t.entries[p.key].value) for p in parts) for parts in nets]) for t, fit in fits]
+    return _ranking(f"random candidates of {space.name} that both cover", _numbered(len(nets)), *some)
+
+
+def _with_fit(table: LatencyTable) -> LatencyTable:
+    """The table with the plain sum where it has no fit."""
+    return replace(table, fits={"latency_ms": LinearFit(), **table.fits})
 
 
 def _numbered(n: int) -> list[str]:
     return [f"candidate {i}" for i in range(n)]
-
-
-def _fit(table: LatencyTable) -> LinearFit:
-    return table.fits.get("latency_ms", LinearFit())
-
-
-def _priced(table: LatencyTable) -> LatencyTable:
-    table.fits.setdefault("latency_ms", LinearFit())
-    return table
 
 
 def _sums(table: LatencyTable, nets: Iterable[Mapping[str, int]]) -> Array:
