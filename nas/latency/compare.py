@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from nas.latency.importers import importers
 from nas.latency.table import LatencyTable
 from nas.space import SearchSpace
 
+T = TypeVar("T")
 Array = npt.NDArray[np.float64]
 SWAPS = 5
 FEW = 3  # fewer networks have no ranking to speak of
@@ -121,7 +122,7 @@ def _imported(a: LatencyTable, b: LatencyTable, n: int) -> list[Ranking]:
         return []
     rng = np.random.default_rng(0)
     pool = (Counter(drawn[0](rng)) for _ in range(TRIES * n))
-    nets = list(islice((parts for parts in pool if all(k in a.entries and k in b.entries for k in parts)), n))
+    nets = _covered(pool, lambda parts: all(key in a.entries and key in b.entries for key in parts), n)
     if len(nets) < FEW:
         return []
     labels = [f"random net {i}" for i in range(len(nets))]
@@ -139,14 +140,24 @@ def _candidates(a: LatencyTable, b: LatencyTable, space: SearchSpace, n: int) ->
         genomes = space.sample(rng, n)
         whole = [AdditiveEstimator(space, _with_fit(t), ("latency_ms",)).price(genomes)[:, 0] for t in (a, b)]
         return _ranking(f"random candidates of {space.name}", _numbered(n), *whole)
-    drawn = (space.parts(space.decode(genome)) for genome in space.sample(rng, TRIES * n))
-    covered = (parts for parts in drawn if all(part.key in a.entries and part.key in b.entries for part in parts))
-    nets = list(islice(covered, n))
+    pool = (space.parts(space.decode(genome)) for genome in space.sample(rng, TRIES * n))
+    nets = _covered(pool, lambda parts: all(p.key in a.entries and p.key in b.entries for p in parts), n)
     if len(nets) < FEW:
         raise lacking.lacks(lacking.missing(keys), len(keys), space.name)
     fits = [(table, _with_fit(table).fits["latency_ms"]) for table in (a, b)]
     some = [np.array([fit.net((p, t.entries[p.key].value) for p in parts) for parts in nets]) for t, fit in fits]
     return _ranking(f"random candidates of {space.name} that both cover", _numbered(len(nets)), *some)
+
+
+def _covered(drawn: Iterable[T], covers: Callable[[T], bool], n: int) -> list[T]:
+    """The first ``n`` that are covered, of networks as they are drawn; gives up where none of the first ``n`` is."""
+    found: list[T] = []
+    for i, net in enumerate(drawn):
+        if covers(net):
+            found.append(net)
+        if len(found) == n or (not found and i == n):
+            break
+    return found
 
 
 def _with_fit(table: LatencyTable) -> LatencyTable:
