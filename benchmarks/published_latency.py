@@ -132,7 +132,7 @@ def judge(train: Sequence[Net], test: Sequence[Net]) -> dict[str, dict[str, floa
 
 
 def looked_up(nets: Sequence[Net], known: Sequence[Net]) -> list[Net]:
-    """The networks with the times that their ops have in others of ``known``; without those that have ops of their own."""
+    """The networks with the times that their ops have in others of ``known``, where all have one."""
     seen = defaultdict[str, list[tuple[str, float]]](list)
     for net in known:
         for op in net.ops:
