@@ -88,6 +88,13 @@ def test_a_search_is_told_in_what_the_machines_differ(places: tuple[Path, Path])
     assert find_table("auto", SPACE, device, notes.append) is None
 
 
+def test_a_table_whose_sums_nobody_checked_is_not_searched_with(places: tuple[Path, Path]) -> None:
+    bundled, _ = places
+    replace(synthetic_table(SPACE), errors={}).save(bundled / "board.json")
+    with pytest.raises(TableError, match="never compared with whole networks"):
+        find_table("board", SPACE, Device.local(), lambda _: None)
+
+
 def test_auto_does_not_trip_over_published_or_damaged_tables(places: tuple[Path, Path]) -> None:
     bundled, _ = places
     device = Device.local()

@@ -15,6 +15,7 @@ from helpers import TinySpace
 from nas.errors import TableError
 from nas.files import digest
 from nas.latency import AdditiveEstimator, LatencyTable
+from nas.latency.fit import LinearFit
 from nas.latency.profile import describe
 from nas.testing import synthetic_table
 
@@ -180,6 +181,11 @@ def test_imported_tables_need_not_know_their_device(table: LatencyTable, tmp_pat
     imported.save(tmp_path / "phone.json")
     assert LatencyTable.load(tmp_path / "phone.json") == imported
     assert "never compared with whole nets" in describe(imported)
+    with pytest.raises(TableError, match="has no error for latency_ms: its sums were never compared"):
+        imported.error("latency_ms")
+    with pytest.raises(TableError, match="has no fit for latency_p95_ms"):
+        AdditiveEstimator(TinySpace(), replace(imported, fits={"latency_ms": LinearFit()}), ("macs", "latency_p95_ms"))
+    assert table.error("latency_ms") == table.errors["latency_ms"]
 
 
 def test_a_missing_part_names_the_nearest(table: LatencyTable) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Schema = Mapping[str, Any]
+Place = tuple[str | int, ...]
 FILE = Path(__file__).with_name("table.schema.json")
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool,
@@ -35,69 +36,76 @@ def table_schema() -> dict[str, Any]:
     return schema
 
 
-def violations(value: Any, schema: Schema | None = None, where: str = "") -> Iterator[str]:
+def violations(value: Any, schema: Schema | None = None) -> list[str]:
     """Every way in which ``value`` breaks a schema (that of tables), each a sentence that starts with its place."""
     root = table_schema() if schema is None else schema
-    yield from _violations(value, root, root, where)
+    return [f"{_place(path)} {text}" for path, text in _violations(value, root, root, ())]
 
 
-def _violations(value: Any, schema: Schema, root: Schema, where: str) -> Iterator[str]:
+def _violations(value: Any, schema: Schema, root: Schema, path: Place) -> Iterator[tuple[Place, str]]:
     if "$ref" in schema:
         schema = root["$defs"][schema["$ref"].removeprefix("#/$defs/")]
-    place = where or "the table"
     if "const" in schema and value != schema["const"]:
-        yield f"{place} is {_short(value)}, not {schema['const']!r}"
+        yield path, f"is {_short(value)}, not {schema['const']!r}"
     kinds = schema.get("type", ())
     kinds = (kinds,) if isinstance(kinds, str) else kinds
     if kinds and not any(_is(value, kind) for kind in kinds):
-        yield f"{place} is {_short(value)}, not {_article(' or '.join(kinds))}"
-    elif isinstance(value, str):
-        yield from _of_string(value, schema, place)
+        yield path, f"is {_short(value)}, not {_article(' or '.join(kinds))}"
     elif isinstance(value, dict):
-        yield from _of_object(value, schema, root, where)
+        yield from _of_object(value, schema, root, path)
     elif isinstance(value, list):
         if len(value) < schema.get("minItems", 0):
-            yield f"{place} has {len(value)} items, not {schema['minItems']} or more"
+            yield path, f"has {len(value)} items, not {schema['minItems']} or more"
         for i, item in enumerate(value):
-            yield from _violations(item, schema.get("items", {}), root, f"{where}[{i}]")
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield from _of_number(value, schema, place)
+            yield from _violations(item, schema.get("items", {}), root, (*path, i))
+    elif text := _of_string(value, schema) if isinstance(value, str) else _of_number(value, schema):
+        yield path, text
 
 
-def _of_string(value: str, schema: Schema, place: str) -> Iterator[str]:
+def _of_string(value: str, schema: Schema) -> str:
     if len(value) < schema.get("minLength", 0):
-        yield f"{place} is empty"
+        return "is empty"
     if "pattern" in schema and not re.search(schema["pattern"], value):
-        yield f"{place} is {_short(value)}, which is not of the form {schema['pattern']}"
+        return f"is {_short(value)}, which is not of the form {schema['pattern']}"
+    return ""
 
 
-def _of_number(value: float, schema: Schema, place: str) -> Iterator[str]:
+def _of_number(value: Any, schema: Schema) -> str:
+    if value is None or isinstance(value, bool):
+        return ""
     if not math.isfinite(value):
-        yield f"{place} is {value}, not finite"
-    elif "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:
-        yield f"{place} is {value}, not above {schema['exclusiveMinimum']}"
-    elif "minimum" in schema and value < schema["minimum"]:
-        yield f"{place} is {value}, less than {schema['minimum']}"
-    elif "maximum" in schema and value > schema["maximum"]:
-        yield f"{place} is {value}, more than {schema['maximum']}"
+        return f"is {value}, not finite"
+    if "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:
+        return f"is {value}, not above {schema['exclusiveMinimum']}"
+    if "minimum" in schema and value < schema["minimum"]:
+        return f"is {value}, less than {schema['minimum']}"
+    if "maximum" in schema and value > schema["maximum"]:
+        return f"is {value}, more than {schema['maximum']}"
+    return ""
 
 
-def _of_object(value: dict[str, Any], schema: Schema, root: Schema, where: str) -> Iterator[str]:
-    place = where or "the table"
+def _of_object(value: dict[str, Any], schema: Schema, root: Schema, path: Place) -> Iterator[tuple[Place, str]]:
     if len(value) < schema.get("minProperties", 0):
-        yield f"{place} is empty"
+        yield path, "is empty"
     for name in schema.get("required", ()):
         if name not in value:
-            yield f"{place} lacks {name!r}"
+            yield path, f"lacks {name!r}"
     known, others = schema.get("properties", {}), schema.get("additionalProperties", {})
     for name, item in value.items():
         inner = known.get(name, others)
-        # Part keys have spaces and dots of their own: quoted, so that the place can be read.
-        at = f"{where}.{name}" if where and name.isidentifier() else f"{where}[{name!r}]" if where else name
         if inner is False:
-            yield f"{place} has the unknown field {name!r}"
+            yield path, f"has the unknown field {name!r}"
         else:
-            yield from _violations(item, inner, root, at)
+            yield from _violations(item, inner, root, (*path, name))
+
+
+def _place(path: Place) -> str:
+    """A path as people write it; part keys have spaces and dots of their own and are quoted."""
+    text = ""
+    for step in path:
+        plain = isinstance(step, str) and (step.isidentifier() or not text)
+        text += f"{'.' if text else ''}{step}" if plain else f"[{step!r}]"
+    return text or "the table"
 
 
 def _is(value: Any, kind: str) -> bool:

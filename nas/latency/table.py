@@ -118,6 +118,20 @@ class LatencyTable:
             else rebuild(space or self.space) + ", with the settings that the space has here",
         )
 
+    def error(self, cost: str) -> FitError:
+        """How far off sums of parts are for a cost.
+
+        Raises:
+            TableError: nobody knows, because they were never compared with whole networks.
+        """
+        if cost not in self.errors:
+            raise TableError(
+                f"Table {self.name!r} has no error for {cost}: its sums were never compared with whole networks.",
+                expected="a table that was fitted to whole networks",
+                remedy=rebuild(self.space),
+            )
+        return self.errors[cost]
+
     def missing(self, keys: list[str]) -> list[str]:
         """Keys that the table lacks."""
         return [key for key in keys if key not in self.entries]

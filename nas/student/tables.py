@@ -36,13 +36,14 @@ def find_table(path: str, space: SearchSpace, device: Device, note: Callable[[st
     """The table that ``path`` means, or for ``auto`` a cached or bundled one that fits; nothing where none does.
 
     Raises:
-        TableError: the table asked for by name does not fit the space, or is damaged.
+        TableError: the table asked for by name does not fit the space, was never fitted, or is damaged.
     """
     if path != "auto":
         table = LatencyTable.load(content.find("latency_tables", path))
         keys = list(space.keys())
         if missing := table.missing(keys):
             raise table.lacks(missing, len(keys), space.name)
+        table.error("latency_ms")
         if table.device.get("fingerprint") != device.fingerprint:
             note(elsewhere(table, device))
         return table
