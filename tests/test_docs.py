@@ -351,13 +351,13 @@ def test_every_field_of_a_table_is_documented() -> None:
     assert [name for name in sorted({*names, *content["fits"]}) if f"`{name}`" not in text] == []
 
 
-def test_every_bundled_table_says_whose_it_is() -> None:
-    """And is one: it loads, and what is not ours names its source and a licence that lets it be passed on."""
+def test_every_bundled_table_loads_and_others_figures_say_whose_they_are() -> None:
     text = (ROOT / "latency_tables" / "README.md").read_text()
     for path in available("latency_tables").values():
         table = LatencyTable.load(path)
-        assert f"`{path.name}`" in text
-        assert not table.origin or table.origin["licence"] in ("MIT", "Apache-2.0", "CC-BY-4.0", "CC0-1.0")
+        if table.origin:
+            assert f"`{path.name}`" in text
+            assert table.origin["licence"] in ("MIT", "Apache-2.0", "CC-BY-4.0", "CC0-1.0")
 
 
 def test_every_importer_and_action_is_documented() -> None:

@@ -69,7 +69,7 @@ def test_whose_a_table_is() -> None:
     other = replace(here, cpu="another processor", cores=here.cores + 1)
     assert len(elsewhere(replace(table, device=other.as_dict()))) == 2
     assert "another processor, here" in elsewhere(replace(table, device=other.as_dict()))[0]
-    phone = replace(table, device={"name": "phone", "cpu": "A76"})
+    phone = replace(table, device={"name": "phone", "cpu": "A76", "batch": 1, "fingerprint": here.fingerprint})
     assert elsewhere(phone) == ["runtime not known", "threads not known"]
     foreign = replace(here, runtime="toaster").as_dict()
     (said,) = elsewhere(replace(table, device=foreign))

@@ -69,9 +69,8 @@ def elsewhere(table: LatencyTable) -> list[str]:
     A table whose device is not known well enough to be this machine's differs by what is not known.
     """
     facts = table.device
-    if "fingerprint" not in facts:
-        unknown = [name for name in ("cpu", "runtime", "threads") if name not in facts]
-        return [f"{name} not known" for name in unknown] or ["no fingerprint"]
+    if unknown := [name for name in ("cpu", "runtime", "threads", "batch") if name not in facts]:
+        return [f"{name} not known" for name in unknown]
     try:
         here = Device.local(
             threads=facts["threads"], batch=facts["batch"], runtime=facts["runtime"],
