@@ -57,6 +57,7 @@ def test_candidates_are_priced_as_a_search_prices_them() -> None:
     assert ranking.spearman == pytest.approx(spearman(*prices))
     assert ranking.ratio[1] == pytest.approx(np.median(prices[1] / prices[0]))
     assert len(ranking.swaps) == SWAPS
+    assert len({(swap.rank_a, swap.rank_b) for swap in ranking.swaps}) == SWAPS
     moved = [abs(swap.rank_a - swap.rank_b) for swap in ranking.swaps]
     assert moved == sorted(moved, reverse=True)
     furthest = ranking.swaps[0]

@@ -174,14 +174,17 @@ def _sums(table: LatencyTable, nets: Iterable[Mapping[str, int]]) -> Array:
 
 
 def _ranking(what: str, labels: Sequence[str], a: Array, b: Array) -> Ranking:
-    rank_a, rank_b = (np.argsort(np.argsort(values, kind="stable"), kind="stable") + 1 for values in (a, b))
-    furthest = np.argsort(-np.abs(rank_a - rank_b), kind="stable")[:SWAPS]
-    swaps = tuple(
-        Swap(labels[i], int(rank_a[i]), int(rank_b[i]), float(a[i]), float(b[i]))
-        for i in furthest
-        if rank_a[i] != rank_b[i]
-    )
-    return Ranking(what, len(labels), spearman(a, b), _quartiles(b / a), swaps)
+    from scipy.stats import rankdata
+
+    # Equal prices share a place: candidates that differ in nothing but their training are one network here.
+    places = np.array([rankdata(values, method="min") for values in (a, b)], dtype=np.int64)
+    swaps: dict[tuple[int, int], Swap] = {}
+    for i in np.argsort(-np.abs(places[0] - places[1]), kind="stable"):
+        at = (int(places[0, i]), int(places[1, i]))
+        if at[0] == at[1] or len(swaps) == SWAPS:
+            break
+        swaps.setdefault(at, Swap(labels[i], *at, float(a[i]), float(b[i])))
+    return Ranking(what, len(labels), spearman(a, b), _quartiles(b / a), tuple(swaps.values()))
 
 
 def _quartiles(values: Array) -> tuple[float, float, float]:
