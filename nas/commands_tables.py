@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.errors import ExperimentError, NasError, TableError
+from nas.errors import TableError
 
 if TYPE_CHECKING:
     from nas.latency.catalog import Listed
@@ -54,8 +54,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> argparse.Argum
     space = compare.add_mutually_exclusive_group()
     space.add_argument("--space", metavar="NAME", help="rank random candidates of this space too, as it is by default")
     space.add_argument("--experiment", metavar="FILE", help="or of this experiment's space")
-    compare.add_argument("--input", default="3x32x32", metavar="SHAPE", help="with --space: one sample (3x32x32)")
-    compare.add_argument("--classes", type=int, default=10, help="with --space: how many there are (10)")
+    compare.add_argument("--input", default="3x224x224", help="with --space: shape of an input (default: %(default)s)")
+    compare.add_argument("--classes", type=int, default=1000, help="with --space: classes (default: %(default)s)")
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.set_defaults(answer=compare_tables)
 
@@ -304,25 +304,15 @@ def _ranked(ranking: Ranking) -> list[str]:
 
 
 def _space(options: argparse.Namespace) -> SearchSpace | None:
-    if options.experiment:
-        from nas.experiment import load_experiment
-        from nas.job import Job
-        from nas.progress import Silent
+    from nas import profiling
+    from nas.experiment import load_experiment
 
-        return Job(load_experiment(options.experiment, []), Path("."), Silent()).space
+    if options.experiment:
+        return profiling.of_experiment(load_experiment(options.experiment), profiling.Scenario(), None).space
     if not options.space:
         return None
-    from nas.content import load_space
-    from nas.space import TaskInfo
-
-    try:
-        shape = tuple(int(side) for side in options.input.split("x"))
-    except ValueError:
-        raise ExperimentError(f"--input is {options.input!r}.", expected="sizes such as 3x32x32") from None
-    try:
-        return load_space(options.space, TaskInfo(shape, options.classes), {})
-    except NasError as error:
-        raise type(error)(error.found, expected=error.expected, remedy="--experiment FILE, for settings") from error
+    shape = profiling.parse_shape(options.input)
+    return profiling.of_space(options.space, [], shape, options.classes, profiling.Scenario(), None).space
 
 
 # ---- import -------------------------------------------------------------------------------------------

@@ -33,3 +33,25 @@ def write_json(path: Path, content: Any) -> None:
 def digest(content: Any) -> str:
     """sha256 of a JSON-able value in canonical form."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def write_sealed(path: Path, content: Any) -> None:
+    """A JSON object that carries its own sha256, atomically."""
+    # Through JSON once: keys that are numbers become text, and sort as text.
+    body = json.loads(json.dumps({key: value for key, value in content.items() if key != "sha256"}, allow_nan=False))
+    write_atomic(path, json.dumps({**body, "sha256": digest(body)}, allow_nan=False) + "\n")
+
+
+def read_sealed(path: Path) -> Any:
+    """What :func:`write_sealed` wrote.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is cut, is no JSON object, or does not match its own sha256.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or "sha256" not in content:
+        raise ValueError("it is no JSON object with a sha256")
+    if content["sha256"] != digest({key: value for key, value in content.items() if key != "sha256"}):
+        raise ValueError("it does not match its own sha256")
+    return content

@@ -240,6 +240,7 @@ def _summary(
             "nets": [
                 {key: getattr(n, key) for key in ("predicted_ms", "measured_ms", "plain_sum_ms")} for n in table.nets
             ],
+            "finalists": outcome.refinement.as_dict(),
         },
         "rank_correlation": rank_correlation(outcome),
         "screened": {

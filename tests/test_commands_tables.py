@@ -142,14 +142,15 @@ def test_compare(cache: Path, capsys: Capture, tmp_path: Path, monkeypatch: pyte
     assert "value in b / value in a: median " in text
     assert "networks: none to rank" in text
     monkeypatch.chdir(Path(__file__).parent)  # module:name is imported from the working directory
-    arguments = ("compare", "mine", tmp_path / "other.json", "--space", "helpers:TinySpace", "--input", "1x8x8")
+    arguments = ("compare", "mine", tmp_path / "other.json", "--space", "helpers:TinySpace")
+    arguments += ("--classes", 10, "--input", "1x8x8")
     text = said(capsys, *arguments)
     assert "1000 random candidates of tiny: Spearman " in text
     assert "those that change their places most" in text
     found = json.loads(said(capsys, *arguments, "--json"))
     assert found["rankings"][0]["nets"] == 1000
     assert "lacks" in said(capsys, *arguments[:-1], "3x32x32", code=2)
-    assert "--input is '3×32'" in said(capsys, *arguments[:-1], "3×32", code=2)
+    assert "--input '3×32'" in said(capsys, *arguments[:-1], "3×32", code=2)
 
 
 def test_compare_in_the_space_of_an_experiment(capsys: Capture, tmp_path: Path) -> None:

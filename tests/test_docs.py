@@ -500,8 +500,8 @@ def test_task_and_data_examples(load: Load) -> None:
 
 
 def test_runtime_example(load: Load) -> None:
+    testing.check_runtime(load("my_runtime:Reference", runtimes))
     runtime = load("my_runtime:Reference", runtimes)()
-    assert runtime.version()
     space = load_space_class("my_space.py")(TaskInfo((1, 8, 8), 2))  # type: ignore[call-arg]
     for part in space.keys().values():
         runtime.load(part.to_onnx(1), threads=1, batch=1)()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nas.errors import StudyError
-from nas.files import digest, write_atomic, write_json
+from nas.files import digest, read_sealed, write_atomic, write_json, write_sealed
 from nas.locks import cache_dir, file_lock, run_lock, timing_lock, training_lock
 
 # ---- files -------------------------------------------------------------------------------------------
@@ -78,6 +78,24 @@ def test_json_refuses_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(path, {"b": math.nan})
     assert json.loads(path.read_text())["b"] == [1, 2.5]
+
+
+def test_a_sealed_file_knows_when_it_was_edited(tmp_path: Path) -> None:
+    path = tmp_path / "sealed.json"
+    write_sealed(path, {"b": 1.5, "a": [1, None, "π"], "n": {10: "ten", 9: "nine"}})
+    content = read_sealed(path)
+    assert (content["b"], content["a"], content["n"]) == (1.5, [1, None, "π"], {"9": "nine", "10": "ten"})
+    write_sealed(tmp_path / "again.json", content)  # the old digest is no part of the content
+    assert read_sealed(tmp_path / "again.json") == content
+    whole = path.read_text()
+    for damaged in (whole.replace("1.5", "1.6"), whole[:-10], "", "[1]", '{"a": 1}'):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"Expecting|object|sha256|delimiter|Unterminated"):
+            read_sealed(path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_sealed(path, {"a": math.nan})
+    with pytest.raises(FileNotFoundError):
+        read_sealed(tmp_path / "nowhere.json")
 
 
 def test_digest_knows_content_not_order() -> None:

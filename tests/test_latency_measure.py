@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nas.latency.measure import AGGREGATORS, MIN_ROUNDS, Measurement, Samples, interleave
-from nas.latency.runtimes import OnnxRuntimeCpu, Runner
+from nas.latency.runtimes import OnnxRuntime, Runner
 from nas.parts import Conv, Part
 
 
@@ -27,7 +27,7 @@ class Sleeper(Runner):
 
 
 def test_real_sessions() -> None:
-    runtime = OnnxRuntimeCpu()
+    runtime = OnnxRuntime()
     small, large = (Part((Conv(c, 3, activation="relu6"),), (c, 16, 16)) for c in (8, 64))
     runners = {p.key: runtime.load(p.to_onnx(), threads=1, batch=1) for p in (small, large)}
     yardstick = runtime.load(small.to_onnx(), threads=1, batch=1)

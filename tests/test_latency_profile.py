@@ -12,7 +12,8 @@ from helpers import TinySpace
 from nas.compression import apply_passes
 from nas.latency import AdditiveEstimator, Device, LatencyTable
 from nas.latency.check import problems, read
-from nas.latency.profile import YARDSTICK, CalibrationNet, calibration_genomes, describe, profile
+from nas.latency.plan import YARDSTICK, CalibrationNet, calibration_genomes
+from nas.latency.profile import Effort, describe, profile
 from nas.latency.schema import violations
 from nas.student.export import to_onnx
 
@@ -34,7 +35,7 @@ def nets() -> list[CalibrationNet]:
 
 @pytest.fixture(scope="module")
 def table(nets: list[CalibrationNet]) -> LatencyTable:
-    return profile(TinySpace(), nets, Device.local(), seconds=1.0, seed=3)
+    return profile(TinySpace(), nets, Device.local(), Effort(1.0, seed=3))
 
 
 def test_calibration_genomes_spread_over_the_macs() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -138,13 +138,13 @@ def _candidates(a: LatencyTable, b: LatencyTable, space: SearchSpace, n: int) ->
     lacking = next((table for table in (a, b) if table.missing(keys)), None)
     if lacking is None:
         genomes = space.sample(rng, n)
-        whole = [AdditiveEstimator(space, _with_fit(t), ("latency_ms",)).price(genomes)[:, 0] for t in (a, b)]
+        whole = [AdditiveEstimator(space, t, ("latency_ms",)).price(genomes)[:, 0] for t in (a, b)]
         return _ranking(f"random candidates of {space.name}", _numbered(n), *whole)
     pool = (space.parts(space.decode(genome)) for genome in space.sample(rng, TRIES * n))
     nets = _covered(pool, lambda parts: all(p.key in a.entries and p.key in b.entries for p in parts), n)
     if len(nets) < FEW:
         raise lacking.lacks(lacking.missing(keys), len(keys), space.name)
-    fits = [(table, _with_fit(table).fits["latency_ms"]) for table in (a, b)]
+    fits = [(table, table.fits.get("latency_ms", LinearFit())) for table in (a, b)]
     some = [np.array([fit.net((p, t.entries[p.key].value) for p in parts) for parts in nets]) for t, fit in fits]
     return _ranking(f"random candidates of {space.name} that both cover", _numbered(len(nets)), *some)
 
@@ -158,11 +158,6 @@ def _covered(drawn: Iterable[T], covers: Callable[[T], bool], n: int) -> list[T]
         if len(found) == n or (not found and i == n):
             break
     return found
-
-
-def _with_fit(table: LatencyTable) -> LatencyTable:
-    """The table with the plain sum where it has no fit."""
-    return replace(table, fits={"latency_ms": LinearFit(), **table.fits})
 
 
 def _numbered(n: int) -> list[str]:

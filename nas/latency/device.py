@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import onnx
 
 from nas.files import digest
+from nas.latency.energy import Absent, Meter, nvml, rapl
+from nas.latency.hardware import machine, visible_gpu
 from nas.latency.runtimes import Runner, runtimes
+
+PROVENANCE = ("name", "memory_bytes", "system", "governor")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Device:
         runtime, runtime_version, threads, batch: scenario.
         provider, graph: what executes within the runtime, and how far it may rewrite graphs; "" is its default.
         accelerator: hardware beside the processor that executes; "" where there is none.
+        memory_bytes, system, governor: provenance; like the name, no part of the fingerprint. 0 and "" are unknown.
     """
 
     name: str
@@ -38,6 +40,9 @@ class Device:
     provider: str = ""
     graph: str = ""
     accelerator: str = ""
+    memory_bytes: int = 0
+    system: str = ""
+    governor: str = ""
 
     @classmethod
     def local(
@@ -57,19 +62,41 @@ class Device:
             TableError: the runtime has no such provider or graph level here.
             ExtraError: the runtime's package is not installed.
         """
-        cpu = cpu_model()
         opened = runtimes.get(runtime)(provider, graph)
-        slug = re.sub(r"[^a-z0-9]+", "-", (opened.accelerator() or cpu).lower()).strip("-")
-        default = f"{slug}-{runtime}-t{threads}" + (f"-b{batch}" if batch > 1 else "")
-        return cls(
-            name or default, cpu, os.cpu_count() or 1, runtime, opened.version(), threads, batch, provider, graph,
-            opened.accelerator(),
-        )  # fmt: skip
+        facts = {
+            **machine(), "name": name, "runtime": runtime, "runtime_version": opened.version(), "threads": threads,
+            "batch": batch, "provider": opened.provider, "graph": opened.graph, "accelerator": opened.accelerator(),
+        }  # fmt: skip
+        return cls.from_facts(facts)
 
-    def load(self, model: onnx.ModelProto) -> Runner:
-        """``model``, ready to run in this device's scenario."""
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Device:
+        """A device from its plain form; "" for a name becomes the default one.
+
+        Raises:
+            TypeError: a fact that has no default is missing.
+        """
+        known = {field.name for field in fields(cls)}
+        device = cls(**{key: value for key, value in facts.items() if key in known})
+        return device if device.name else replace(device, name=device._default_name())
+
+    def _default_name(self) -> str:
+        provider = "" if self.accelerator else self.provider.removesuffix("ExecutionProvider")
+        batch = f"b{self.batch}" if self.batch > 1 else ""
+        words = [self.accelerator or self.cpu, self.runtime, provider, self.graph, f"t{self.threads}", batch]
+        return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
+
+    def load(self, model: onnx.ModelProto, *, part: bool = False) -> Runner:
+        """``model``, a whole network or a part of one, ready to run in this device's scenario."""
         runtime = runtimes.get(self.runtime)(self.provider, self.graph)
-        return runtime.load(model, threads=self.threads, batch=self.batch)
+        load = runtime.load_part if part else runtime.load
+        return load(model, threads=self.threads, batch=self.batch)
+
+    def energy_meter(self) -> Meter | Absent:
+        """What counts this device's joules on this machine, or why nothing does."""
+        if not self.accelerator:
+            return rapl()
+        return nvml(visible_gpu(int(self.provider.partition(":")[2] or 0)), self.accelerator)
 
     @property
     def fingerprint(self) -> str:
@@ -90,19 +117,8 @@ class Device:
         ]
 
     def _facts(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "name"}
+        return {key: value for key, value in asdict(self).items() if key not in PROVENANCE}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain form for tables and manifests."""
         return {**asdict(self), "fingerprint": self.fingerprint}
-
-
-def cpu_model() -> str:
-    """The processor's name and, where it can be read, its model number (virtual machines share names)."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(re.findall(r"^(model name|model)\s*:\s*(.+)$", info, re.MULTILINE))
-    name = fields.get("model name") or platform.machine()
-    return f"{name} model {fields['model']}" if "model" in fields else name

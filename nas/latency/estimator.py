@@ -8,8 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nas.errors import TableError
-from nas.latency.check import rebuild
+from nas.latency.fit import LinearFit
 from nas.latency.table import LatencyTable
 from nas.parts import Part
 from nas.space import Candidate, Genomes, SearchSpace
@@ -38,7 +37,7 @@ class AdditiveEstimator:
         costs: columns to price, from :data:`COSTS`.
 
     Raises:
-        TableError: a key of the space is missing, or the fit of a cost.
+        TableError: a key of the space is missing.
     """
 
     def __init__(self, space: SearchSpace, table: LatencyTable, costs: tuple[str, ...] = COSTS) -> None:
@@ -46,13 +45,6 @@ class AdditiveEstimator:
         keys = space.keys()
         if missing := table.missing(list(keys)):
             raise table.lacks(missing, len(keys), space.name)
-        unfitted = [cost for cost in costs if cost not in ("macs", "params", *table.fits)]
-        if unfitted:
-            raise TableError(
-                f"Table {table.name!r} has no fit for {', '.join(unfitted)}.",
-                expected="a table that was fitted to whole networks",
-                remedy=rebuild(space.name),
-            )
         self._sites = [
             (site.genes, site.strides, np.array([self._value(parts) for parts in site.values]))
             for site in space.compiled
@@ -90,7 +82,7 @@ class AdditiveEstimator:
             return float(part.macs)
         if cost == "params":
             return float(part.params)
-        fit = self.table.fits[cost]
+        fit = self.table.fits.get(cost, LinearFit())
         return part.count * fit.part(part_value(self.table, part, cost), part)
 
     def _per_net(self, cost: str) -> float:

@@ -153,7 +153,7 @@ def onnx_logits(path: Path | str, x: torch.Tensor, batch: int = 256) -> np.ndarr
     """Logits of an exported model in onnxruntime, the way a student's own ``predict.py`` computes them."""
     import onnxruntime as ort
 
-    from nas.latency.runtimes.onnxruntime_cpu import session_options
+    from nas.latency.sessions import session_options
 
     session = ort.InferenceSession(str(path), session_options(1), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name

@@ -8,7 +8,7 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
-from nas.latency.runtimes.onnxruntime_cpu import session_options
+from nas.latency.sessions import session_options
 from nas.testing.require import require
 
 FLOAT_TOLERANCE, INT8_TOLERANCE = 1e-4, 0.05  # root mean square, of the largest output
