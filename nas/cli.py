@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--runtime", help="see `nas list runtimes` (default: onnxruntime)")
     profile.add_argument("--provider", help="what executes within the runtime: cpu, cuda, …")
     profile.add_argument("--graph", help="how far the runtime may rewrite the graph")
-    profile.add_argument("--minutes", type=float, help="for loading and timing; what does not fit is interpolated")
+    profile.add_argument("--minutes", type=float, help="in all; parts beyond them are interpolated (default: 10)")
     profile.add_argument("--resume", action="store_true", help="go on with a measurement that Ctrl-C ended")
     profile.add_argument("--out", type=Path, help="table file (default: this machine's cache, where searches look)")
     profile.add_argument("--bundle", type=Path, metavar="DIR", help="write what another machine can measure by itself")

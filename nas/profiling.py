@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,14 +21,16 @@ from nas.latency import Device, LatencyTable
 from nas.latency.bundle import read_measurements, write_bundle
 from nas.latency.interpolate import grid
 from nas.latency.plan import CALLS, YARDSTICK, CalibrationNet, Plan, calibration_genomes
-from nas.latency.profile import Effort, Seen, assemble, describe
+from nas.latency.profile import Effort, Seen, assemble, describe, profile
 from nas.latency.remote import run_over_ssh
 from nas.progress import Progress, Silent
 from nas.space import SearchSpace, TaskInfo
-from nas.student.tables import build_table, cached_path, calibration_nets, partial_of
+from nas.student.tables import cached_path, calibration_nets, partial_of
 
 MINUTES = 10.0
 NETS = 30
+FOR_MEASURING = 0.9  # of the time given; fits and interpolation have the rest
+AT_LEAST = 0.2  # of the time given, for measuring, however long the exports took
 FAR_PARTS = 2.0  # parts that a bundle holds for each second of measuring
 FAR_ENERGY_SECONDS = 0.1  # metering of a part, where there is a meter
 
@@ -123,17 +126,23 @@ def profile_here(
 ) -> tuple[Path, LatencyTable]:
     """Measure on this machine; returns the table and its file, by default in the cache, where searches look.
 
-    What was measured when Ctrl-C ended it is kept beside the file, and ``resume`` goes on with it.
+    The effort's seconds are for everything: exports of networks, loading, timing and fits. What was measured when
+    Ctrl-C ended it is kept beside the file, and ``resume`` goes on with it.
     """
     progress = progress or Silent()
     torch.set_num_threads(1)
     path = out or cached_path(subject.space, subject.device)
-    progress.stage("latency table")
+    progress.stage("exporting networks")
+    start = time.monotonic()
     with exporter() as executor:
-        table = build_table(
-            subject.space, subject.info, subject.device, executor, subject.effort, nets=subject.nets,
-            progress=progress.update, note=progress.note, partial=partial_of(path), resume=resume,
-        )  # fmt: skip
+        nets = calibration_nets(subject.space, subject.info, executor, subject.nets, progress=progress.update)
+    left = FOR_MEASURING * subject.effort.seconds - (time.monotonic() - start)
+    effort = replace(subject.effort, seconds=max(left, AT_LEAST * subject.effort.seconds))
+    progress.stage("latency table")
+    table = profile(
+        subject.space, nets, subject.device, effort, progress=progress.update, note=progress.note,
+        partial=partial_of(path), resume=resume,
+    )  # fmt: skip
     table.save(path)
     progress.note(describe(table))
     return path, table
