@@ -261,5 +261,7 @@ def profile_over_ssh(
         folder = Path(scratch) / "bundle"
         write(subject, folder, progress=progress)
         progress.stage(f"measuring on {host}")
-        run_over_ssh(host, folder, python=python, ssh_options=options, progress=lambda line: progress.update(0.0, line))
+        run_over_ssh(
+            host, folder, python=python, ssh_options=options, progress=lambda line: progress.update(0.0, line)
+        )
         return read(folder, out, name=name, progress=progress)

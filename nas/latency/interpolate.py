@@ -102,7 +102,9 @@ class Validation:
     within_10: float
 
 
-def interpolate(parts: Mapping[str, Part], measured: Mapping[str, float]) -> tuple[dict[str, Guess], Validation | None]:
+def interpolate(
+    parts: Mapping[str, Part], measured: Mapping[str, float]
+) -> tuple[dict[str, Guess], Validation | None]:
     """Times of those of ``parts`` that are not ``measured`` (ms), and how far such guesses can be trusted.
 
     The uncertainty of a family is stretched to what its held-out parts show. A family of which too little is measured

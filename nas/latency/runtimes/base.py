@@ -88,6 +88,7 @@ class Runtime(abc.ABC):
             TableError: the runtime cannot execute it.
         """
 
+
     def load_part(self, model: onnx.ModelProto, *, threads: int, batch: int) -> Runner:
         """Like :meth:`load` for a piece of a network, whose inputs and outputs are its neighbours' affair.
 
