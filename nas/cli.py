@@ -1,4 +1,4 @@
-"""The command line: search, sweep, profile, front, report, list. The only place that prints and exits."""
+"""The command line: search, sweep, profile, tables, front, report, list. The only place that prints and exits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nas import __version__
+from nas import __version__, commands_tables
 from nas.errors import ExperimentError, NasError
 
 console = Console(highlight=False)
@@ -124,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         "--ssh-option", action="append", default=[], metavar="OPTION", help="for ssh, as in --ssh-option=-p2222"
     )
     profile.set_defaults(function=_profile)
+
+    commands_tables.add_parser(commands, common).set_defaults(function=_tables)
 
     front = commands.add_parser(
         "front", parents=[common], help="a run's Pareto front and best candidate under any reward; trains nothing"
@@ -251,6 +253,13 @@ def _subject(options: argparse.Namespace) -> Any:
         return profiling.of_experiment(load_experiment(options.experiment, options.set), scenario, options.minutes)
     shape = profiling.parse_shape(options.input)
     return profiling.of_space(options.space, options.set, shape, options.classes, scenario, options.minutes)
+
+
+def _tables(options: argparse.Namespace) -> int:
+    answer: commands_tables.Answer = options.answer(options)
+    for line in answer.lines:
+        console.print(line, markup=False, emoji=False, soft_wrap=True)
+    return answer.code
 
 
 def _front(options: argparse.Namespace) -> int:

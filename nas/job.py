@@ -205,7 +205,7 @@ class Job:
     def errors(self, table: LatencyTable) -> dict[str, FitError]:
         """Errors of the tables by the cost that they price."""
         elsewhere = {
-            on_device(cost, name): other.errors[cost] for name, other in self.others.items() for cost in LATENCIES
+            on_device(cost, name): other.error(cost) for name, other in self.others.items() for cost in LATENCIES
         }
         return {**table.errors, **elsewhere}
 

@@ -136,3 +136,22 @@ def test_spearman_with_ties() -> None:
     assert spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1.0)
     assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
     assert spearman([1, 2, 3], [1, 1, 1]) == 0.0
+
+
+def test_a_fit_predicts_its_rows() -> None:
+    some = nets(8)
+    np.testing.assert_allclose(LAW.predict(features(some)), costs(some, LAW))
+
+
+def test_groups_need_not_be_precisions() -> None:
+    """Five groups of which one is never there: the fit has five, and finds the law of the others."""
+    rng = np.random.default_rng(0)
+    x = np.column_stack([rng.lognormal(0, 1, (40, 20)), np.ones(40)])
+    x[:, 16:20] = 0.0
+    y = 0.9 * x[:, 0] + 1.3 * x[:, 4] + x[:, 8] + x[:, 12] + 0.2 * x[:, 1] + 0.5
+    found, held_out, predicted = fit(x, y)
+    assert len(found.scale) == len(found.per_gmac) == 5
+    assert found.scale[4] == 1.0
+    assert held_out.mape < 0.01
+    np.testing.assert_allclose(found.predict(x), y, rtol=0.02)
+    np.testing.assert_allclose(predicted, y, rtol=0.1)

@@ -11,8 +11,10 @@ from helpers import TinySpace
 
 from nas.compression import apply_passes
 from nas.latency import AdditiveEstimator, Device, LatencyTable
+from nas.latency.check import problems, read
 from nas.latency.plan import YARDSTICK, CalibrationNet, calibration_genomes
 from nas.latency.profile import Effort, describe, profile
+from nas.latency.schema import violations
 from nas.student.export import to_onnx
 
 NETS = 10
@@ -79,6 +81,9 @@ def test_provenance(table: LatencyTable, tmp_path: Path) -> None:
     assert "noise floor" in text
     table.save(tmp_path / "table.json")
     assert LatencyTable.load(tmp_path / "table.json") == table
+    raw = read(tmp_path / "table.json")
+    assert list(violations(raw)) == []
+    assert problems(raw) == []
 
 
 def test_sizes_are_predicted_exactly_enough(table: LatencyTable, nets: list[CalibrationNet]) -> None:

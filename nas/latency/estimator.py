@@ -44,7 +44,7 @@ class AdditiveEstimator:
         self.space, self.table, self.costs = space, table, costs
         keys = space.keys()
         if missing := table.missing(list(keys)):
-            raise table.lacks(missing, len(keys))
+            raise table.lacks(missing, len(keys), space.name)
         self._sites = [
             (site.genes, site.strides, np.array([self._value(parts) for parts in site.values]))
             for site in space.compiled

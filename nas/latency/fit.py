@@ -74,6 +74,14 @@ class LinearFit:
         times = {name: tuple(factor * v for v in getattr(self, name)) for name in _NAMES}
         return LinearFit(**times, per_net=factor * self.per_net)
 
+    def predict(self, x: Array) -> Array:
+        """Costs ``[nets]`` of the rows of :func:`features`, which may have other groups than precisions."""
+        theta = np.empty(TERMS * len(self.scale) + 1)
+        for i, name in enumerate(_NAMES):
+            theta[i:-1:TERMS] = getattr(self, name)
+        theta[-1] = self.per_net
+        return np.asarray(x @ theta)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain form for the table file."""
         return asdict(self)
@@ -110,6 +118,7 @@ def fit(
     """Fit measured ``y [nets]`` on :func:`features` ``x``; terms and strength are chosen by leaving nets out.
 
     Args:
+        x: rows of 4 terms a group, then 1; the groups need not be precisions, and the fit has as many as ``x``.
         sets: sets of terms that may be used, from the plainest; a later one has to be clearly better.
 
     Returns the fit, its leave-one-out error, and the leave-one-out predictions.
@@ -119,9 +128,9 @@ def fit(
     for trial in trials[1:]:
         if trial.mape < best.mape * (1 if trial.terms == best.terms else ADVANTAGE):
             best = trial
-    columns = _columns(best.terms)
+    columns = _columns(best.terms, x.shape[1])
     theta = np.zeros(x.shape[1])
-    theta[columns] = _solve(x[:, columns], y, best.strength, _prior(columns))
+    theta[columns] = _solve(x[:, columns], y, best.strength, _prior(columns, x.shape[1]))
     by_term = {name: tuple(theta[i:-1:TERMS].tolist()) for i, name in enumerate(_NAMES)}
     return LinearFit(**by_term, per_net=float(theta[-1])), error(best.predicted, y), best.predicted
 
@@ -135,8 +144,8 @@ class _Trial:
 
 
 def _held_out(x: Array, y: Array, terms: tuple[int, ...], strength: float) -> _Trial:
-    columns = _columns(terms)
-    used, prior = x[:, columns], _prior(columns)
+    columns = _columns(terms, x.shape[1])
+    used, prior = x[:, columns], _prior(columns, x.shape[1])
     keep = ~np.eye(len(y), dtype=bool)
     predicted = np.array([used[i] @ _solve(used[keep[i]], y[keep[i]], strength, prior) for i in range(len(y))])
     return _Trial(terms, strength, predicted, float(np.abs(predicted / y - 1).mean()))
@@ -164,13 +173,14 @@ def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def _columns(terms: tuple[int, ...]) -> npt.NDArray[np.intp]:
-    return np.array([TERMS * group + term for group in range(GROUPS) for term in terms] + [TERMS * GROUPS])
+def _columns(terms: tuple[int, ...], width: int) -> npt.NDArray[np.intp]:
+    """Columns of the terms in all groups, and that of the net, of rows of ``width`` numbers."""
+    return np.array([start + term for start in range(0, width - 1, TERMS) for term in terms] + [width - 1])
 
 
-def _prior(columns: npt.NDArray[np.intp]) -> Array:
+def _prior(columns: npt.NDArray[np.intp], width: int) -> Array:
     """The plain sum: 1 for the own costs, 0 for all else."""
-    return np.asarray((columns % TERMS == 0) & (columns < TERMS * GROUPS), dtype=np.float64)
+    return np.asarray((columns % TERMS == 0) & (columns < width - 1), dtype=np.float64)
 
 
 def _solve(x: Array, y: Array, strength: float, prior: Array) -> Array:

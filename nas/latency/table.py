@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nas.errors import TableError
 from nas.files import digest, write_json
+from nas.latency.check import SCHEMA_VERSION, problems, read, rebuild, remedy
 from nas.latency.fit import FitError, LinearFit
+from nas.latency.keys import nearest
 from nas.latency.measure import Timing
-
-SCHEMA_VERSION = 2
-REBUILD = "build it again with `nas profile`"
 
 
 @dataclass(frozen=True)
@@ -104,14 +101,36 @@ class LatencyTable:
             raise self.lacks([key], 1)
         return self.entries[key]
 
-    def lacks(self, missing: list[str], wanted: int) -> TableError:
-        """The error for parts that the table does not have."""
-        near = difflib.get_close_matches(missing[0], list(self.entries), n=1, cutoff=0.0)
+    def lacks(self, missing: list[str], wanted: int, space: str = "") -> TableError:
+        """The error for parts that the table does not have.
+
+        Args:
+            wanted: how many parts were asked for.
+            space: name of the space that asks for them.
+        """
+        near = nearest(missing[0], self.entries)
         return TableError(
             f"Table {self.name!r} lacks {len(missing)} of {wanted} parts, the first {missing[0]!r}"
-            + (f"; the nearest that it has is {near[0]!r}." if near else "."),
-            remedy=REBUILD + " for this space",
+            + (f"; the nearest that it has is {near!r}." if near else ".")
+            + (f" It was built for space {self.space!r}, not {space!r}." if space not in ("", self.space) else ""),
+            remedy="a network of blocks that its publisher measured, or another table (`nas tables list`)"
+            if self.origin
+            else rebuild(space or self.space) + ", with the settings that the space has here",
         )
+
+    def error(self, cost: str) -> FitError:
+        """How far off sums of parts are for a cost.
+
+        Raises:
+            TableError: nobody knows, because they were never compared with whole networks.
+        """
+        if cost not in self.errors:
+            raise TableError(
+                f"Table {self.name!r} has no error for {cost}: its sums were never compared with whole networks.",
+                expected="a table that was fitted to whole networks",
+                remedy=rebuild(self.space),
+            )
+        return self.errors[cost]
 
     def missing(self, keys: list[str]) -> list[str]:
         """Keys that the table lacks."""
@@ -153,31 +172,23 @@ class LatencyTable:
         """Read and check a table file.
 
         Raises:
-            TableError: unreadable, truncated, edited, of another schema or unit, or with values that are no times.
+            TableError: unreadable, truncated, edited, of another schema or unit, with a key twice, or with values that
+                are no times.
         """
-        try:
-            raw = json.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise TableError(f"There is no table at {path}.", remedy=REBUILD) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise TableError(f"{path} is damaged: {error}.", expected="a JSON table", remedy=REBUILD) from error
-        if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION or raw.get("unit") != "ms":
-            raise TableError(f"{path} is no table of schema {SCHEMA_VERSION} in milliseconds.", remedy=REBUILD)
-        try:
-            table = cls._parse(raw)
-            intact = raw.get("sha256") == table.sha256
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise TableError(f"{path} lacks or garbles a field: {error!r}.", remedy=REBUILD) from error
-        if not intact:
-            raise TableError(f"{path} does not match its own sha256: it was edited or cut.", remedy=REBUILD)
-        return table
+        raw = read(path)
+        wrong = [problem.text for problem in problems(raw) if problem.fatal]
+        if wrong:
+            more = f" (and {len(wrong) - 1} more: `nas tables validate` lists them)" if len(wrong) > 1 else ""
+            colon = "" if wrong[0].startswith(("is ", "does ")) else ":"
+            raise TableError(f"{path}{colon} {wrong[0]}{more}.", remedy=remedy(raw))
+        return cls._parse(raw)
 
     @classmethod
     def _parse(cls, raw: dict[str, Any]) -> LatencyTable:
         return cls(
             space=raw["space"],
             device=raw["device"],
-            entries={key: _entry(key, e) for key, e in raw["entries"].items()},
+            entries={key: _entry(e) for key, e in raw["entries"].items()},
             fits={cost: LinearFit(**{k: _plain_tuple(v) for k, v in f.items()}) for cost, f in raw["fits"].items()},
             errors={cost: FitError(**e) for cost, e in raw["errors"].items()},
             noise=raw["noise"],
@@ -196,10 +207,8 @@ def _plain_entry(entry: Entry) -> dict[str, Any]:
     return {**plain.pop("timing"), **plain}
 
 
-def _entry(key: str, e: dict[str, Any]) -> Entry:
+def _entry(e: dict[str, Any]) -> Entry:
     timing = Timing(e["p50"], e["p95"], e["mean"], e["n"], e["noise"])
-    if not all(math.isfinite(v) and v > 0 for v in (timing.p50, timing.p95, timing.mean, e["value"])):
-        raise ValueError(f"entry {key!r} holds a time that is not finite and positive")
     return Entry(timing, e["value"], e["fused"], e["measured"], e["uncertainty"], e["energy_mj"])
 
 

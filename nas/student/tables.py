@@ -15,6 +15,7 @@ from nas.evaluators.distil import skeleton
 from nas.executors import Executor
 from nas.files import digest
 from nas.latency import Device, LatencyTable
+from nas.latency.check import rebuild
 from nas.latency.measure import Progress
 from nas.latency.plan import CalibrationNet, calibration_genomes
 from nas.latency.profile import Effort, profile
@@ -40,15 +41,16 @@ def find_table(path: str, space: SearchSpace, device: Device, note: Callable[[st
     """The table that ``path`` means, or for ``auto`` a cached or bundled one that fits; nothing where none does.
 
     Raises:
-        TableError: the table asked for by name does not fit the space, or is damaged.
+        TableError: the table asked for by name does not fit the space, was never fitted, or is damaged.
     """
     if path != "auto":
         table = LatencyTable.load(content.find("latency_tables", path))
         keys = list(space.keys())
         if missing := table.missing(keys):
-            raise table.lacks(missing, len(keys))
+            raise table.lacks(missing, len(keys), space.name)
+        table.error("latency_ms")
         if table.device.get("fingerprint") != device.fingerprint:
-            note(f"table {table.name} was measured on another device; predictions may be off, measurements are not")
+            note(elsewhere(table, device))
         return table
     for found in (cached_path(space, device), *content.available("latency_tables").values()):
         if found.suffix != ".json" or not found.exists():
@@ -61,6 +63,15 @@ def find_table(path: str, space: SearchSpace, device: Device, note: Callable[[st
         if table.device.get("fingerprint") == device.fingerprint and not table.missing(list(space.keys())):
             return table
     return None
+
+
+def elsewhere(table: LatencyTable, device: Device) -> str:
+    """What to know of a table that was asked for and comes from another device."""
+    apart = "; ".join(device.differences(table.device))
+    return (
+        f"table {table.name} was measured on another device ({apart}); predictions may be off, measurements are not: "
+        + rebuild(table.space)
+    )
 
 
 def build_table(
