@@ -114,7 +114,8 @@ def choose_keys(
     """The keys to measure in ``seconds`` of loading and timing: all of them where that is enough, else a grid.
 
     A few parts and nets are tried first: what they take to load and to run decides how many parts can have
-    :data:`ROUNDS` rounds, or else :data:`FEWER_ROUNDS`, beside all of the nets, and what they take of memory how many can be loaded at once.
+    :data:`ROUNDS` rounds, or else :data:`FEWER_ROUNDS`, beside all of the nets; what they take of memory, how many can
+    be loaded at once.
     """
     begin = time.perf_counter()
     parts = space.keys()
