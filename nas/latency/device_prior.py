@@ -1,0 +1,305 @@
+"""What the known devices teach about a device nobody has measured yet: the basis and the hyperparameters of its prior.
+
+A cost column ``z`` (in units of its median) is modelled linearly, because a network's time is the sum of its parts':
+
+    z = b + s·m(x) + Σ_d u_d (S_d(x) − m(x)) + Σ_d r_d R_d(x) + genes(x) + ε,    ε ~ N(0, (σ m(x)^γ)²)
+
+``S_d`` is known device d without its noise (a regression on the genes where they are given, else the column itself),
+``R_d = z_d − S_d`` its rest, ``m`` the mean of the S_d. ``genes`` is what a known device may not have shown: a cost per
+gene and place, a cost per symbol wherever it stands, and a mix of the known devices that differs from symbol to symbol.
+Every weight is N(0, θ_block); integrating it out leaves a Gaussian process whose kernel comes from the known devices
+(Rasmussen and Williams 2006, eq. 2.12).
+
+Which θ, σ, γ a new device has is learnt by treating every known device as a new one (nonparametric empirical Bayes,
+Kiefer and Wolfowitz 1956): a fixed sample of settings, and by EM the weights that make the known devices' few
+measurements most likely.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.errors import TableError
+
+Array = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+#: Blocks of the basis and the range of the standard deviation of their weights; wide, and learnt within.
+BLOCKS = {
+    "offset": (0.02, 3.0),
+    "mean": (0.2, 3.0),
+    "devices": (0.05, 3.0),
+    "rest": (0.03, 1.5),
+    "places": (0.01, 1.0),
+    "symbols": (0.01, 1.0),
+    "mixes": (0.02, 2.0),
+}
+NOISE = (0.003, 0.2)  # σ: from a quiet accelerator to a telephone that reports whole milliseconds
+OUTLIERS = (0.001, 0.1)  # share of measurements that another process disturbed
+SURPRISE = 0.5  # by how much of a median network these are off
+SETTINGS = 1024
+TASKS = 3  # draws of rows per known device
+ROWS = 16  # in a draw, at most: evidence is cubic in it
+CELLS = 8  # rows that a gene pair's cost wants, at least, to be estimated
+SMALLEST = 1e-3  # of a median network; below, a device's time is its clock's
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyperparameters of H candidate priors.
+
+    Attributes:
+        theta: variance of the weights of each block, ``[H, len(BLOCKS)]``.
+        sigma: noise of a median network, ``[H]``, as a share.
+        gamma: power with which the noise grows with the cost, ``[H]``.
+        rho: probability that a measurement is an outlier, ``[H]``.
+    """
+
+    theta: Array
+    sigma: Array
+    gamma: Array
+    rho: Array
+
+    @classmethod
+    def spread(cls, count: int = SETTINGS) -> Settings:
+        """A fixed low-discrepancy sample, uniform in the logarithm (γ: uniform in 0..1)."""
+        from scipy.stats import qmc
+
+        ranges = np.log([*BLOCKS.values(), NOISE, OUTLIERS])
+        unit = qmc.Sobol(len(ranges) + 1, seed=0).random(count)
+        values = np.exp(ranges[:, 0] + unit[:, :-1] * (ranges[:, 1] - ranges[:, 0]))
+        return cls(values[:, : len(BLOCKS)] ** 2, values[:, -2], unit[:, -1], values[:, -1])
+
+    def noise(self, mean: Array) -> Array:
+        """Noise variance of rows whose mean profile is ``mean [k]``: ``[H, k]``."""
+        return np.asarray((self.sigma[:, None] * mean ** self.gamma[:, None]) ** 2)
+
+    def __getitem__(self, chosen: Ints) -> Settings:
+        return Settings(self.theta[chosen], self.sigma[chosen], self.gamma[chosen], self.rho[chosen])
+
+
+class Devices:
+    """The known devices, cleaned and split into what genes explain and a rest.
+
+    Args:
+        known: costs ``[n, d]`` in any positive unit; NaN, infinite and ≤ 0 mean unknown.
+        genomes: integers ``[n, places]``, the same symbol for the same operation everywhere; or none.
+
+    Attributes:
+        usable: columns that tell networks apart, ``[d]``.
+        mean: the mean profile in medians, ``[n]``, positive.
+        seen: rows that some usable device or the genes say something about, ``[n]``.
+
+    Raises:
+        TableError: the arrays have wrong shapes or no column is usable.
+    """
+
+    def __init__(self, known: npt.ArrayLike, genomes: npt.ArrayLike | None = None) -> None:
+        values = np.array(known, dtype=np.float64)
+        if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] < 1:
+            raise TableError(
+                f"The known devices' costs have shape {values.shape}.",
+                expected="[n, d]: at least two rows (networks or parts) and one column per device",
+            )
+        with np.errstate(invalid="ignore"):
+            values[~(np.isfinite(values) & (values > 0))] = np.nan
+        self.usable = np.array([_varies(column) for column in values.T])
+        if not self.usable.any():
+            raise TableError(
+                "No known device tells the rows apart: every column is constant or unknown.",
+                expected="at least one device with two different finite, positive costs",
+            )
+        scaled = values[:, self.usable] / np.nanmedian(values[:, self.usable], axis=0)
+        self.seen = np.isfinite(scaled).any(axis=1)
+        self.genes: Genes | None = None
+        if genomes is None:
+            self._smooth = _filled(scaled)
+            self._rest = np.zeros_like(self._smooth)
+        else:
+            self.genes = Genes.of(genomes, len(values))
+            self._smooth, self._costs = self.genes.explain(scaled)
+            self._rest = np.nan_to_num(scaled - self._smooth)
+            self.seen[:] = True
+        self._scaled = scaled
+        self.mean = self._profile(self._all)
+
+    @property
+    def _all(self) -> Ints:
+        return np.arange(self._smooth.shape[1])
+
+    def _profile(self, columns: Ints) -> Array:
+        return np.maximum(self._smooth[:, columns].mean(axis=1), SMALLEST)
+
+    def basis(self, rows: npt.ArrayLike | slice = slice(None), columns: Ints | None = None) -> list[Array]:
+        """The blocks of the basis, one array ``[rows, its weights]`` each, of all devices or of some columns."""
+        columns = self._all if columns is None else columns
+        smooth = self._smooth[rows][:, columns]
+        mean, share = smooth.mean(axis=1, keepdims=True), len(columns) ** -0.5
+        found = [np.ones_like(mean), mean, (smooth - mean) * share, self._rest[rows][:, columns] * share]
+        if self.genes is not None:
+            found += self.genes.basis(rows, self._costs[:, columns])
+        return found
+
+    @cached_property
+    def _twins(self) -> npt.NDArray[np.bool_]:
+        """Pairs of columns that are one device: it would teach that every new device has a twin."""
+        return np.asarray(np.corrcoef(_filled(self._scaled), rowvar=False).reshape(2 * (len(self._all),)) > 0.999)
+
+    def learn(self, samples: int, settings: Settings) -> Array:
+        """Probability of each setting, ``[H]``, from every known device in turn as the new one."""
+        found = []
+        for device in self._all:
+            others = np.flatnonzero(~self._twins[device])
+            others = others[others != device]
+            valid = np.flatnonzero(np.isfinite(self._scaled[:, device]))
+            size = min(samples, ROWS, len(valid))
+            if not len(others) or size < 2:
+                continue
+            rng = np.random.default_rng(int(device))
+            profile = self._profile(others)
+            logs = np.zeros(len(settings.sigma))
+            for _ in range(TASKS):
+                rows = rng.choice(valid, size, replace=False)
+                values = self._scaled[rows, device] / scale(self._scaled[rows, device], profile[rows])
+                grams = [block @ block.T for block in self.basis(rows, others)]
+                logs += evidence(grams, values, profile[rows], settings).log / TASKS
+            found.append(logs)
+        return maximise(np.array(found)) if found else np.full(len(settings.sigma), 1 / len(settings.sigma))
+
+
+@dataclass(frozen=True)
+class Genes:
+    """Genomes as indicators of (place, symbol).
+
+    Attributes:
+        flags: centred indicators, ``[n, f]``.
+        place, symbol: of each indicator, ``[f]``.
+        counts: centred number of each symbol, ``[n, symbols]``.
+        pairs: centred indicators of two places' symbols, ``[n, g]``; none where there are too few rows for them.
+    """
+
+    flags: Array
+    place: Ints
+    symbol: Ints
+    counts: Array
+    pairs: Array
+
+    @classmethod
+    def of(cls, genomes: npt.ArrayLike, rows: int) -> Genes:
+        """Read genomes; raises TableError where they are no ``[rows, places]`` integers."""
+        codes = np.asarray(genomes)
+        if codes.ndim != 2 or codes.shape[0] != rows or codes.shape[1] < 1 or codes.dtype.kind not in "iu":
+            raise TableError(
+                f"Genomes have shape {codes.shape} and type {codes.dtype}.", expected=f"integers [{rows}, places]"
+            )
+        pairs = [(place, int(symbol)) for place in range(codes.shape[1]) for symbol in np.unique(codes[:, place])]
+        place, symbol = (np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
+        flags = (codes[:, place] == symbol).astype(np.float64)
+        counts = np.column_stack([flags[:, symbol == value].sum(axis=1) for value in np.unique(symbol)])
+        first, second = np.nonzero(place[:, None] < place)
+        if len(first) * CELLS > rows:
+            first = second = first[:0]
+        both = flags[:, first] * flags[:, second]
+        return cls(_centred(flags), place, symbol, _centred(counts), _centred(both))
+
+    def explain(self, columns: Array) -> tuple[Array, Array]:
+        """Columns without their noise ``[n, d]``, and cost per indicator ``[f, d]``; NaN are filled."""
+        smooth, _ = _ridge(np.hstack([self.flags, self.pairs]), columns)
+        return smooth, _ridge(self.flags, columns)[1]
+
+    def basis(self, rows: npt.ArrayLike | slice, costs: Array) -> list[Array]:
+        """The three blocks that are of genes, for devices whose costs per indicator are ``costs [f, d]``."""
+        flags, size = self.flags[rows], (costs**2).mean(axis=1)
+        # A place that matters on the known devices may matter otherwise on the new one; one that never did, will not.
+        by_place = np.bincount(self.place, size) / np.bincount(self.place)
+        mixes = [flags[:, self.symbol == value] @ costs[self.symbol == value] for value in np.unique(self.symbol)]
+        return [
+            flags * np.sqrt(by_place[self.place]),
+            self.counts[rows] * np.sqrt(size.mean()),
+            np.hstack(mixes) * costs.shape[1] ** -0.5,
+        ]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What k measurements say of H settings: log evidence ``[H]``, and probability of outliers ``[H, k]``."""
+
+    log: Array
+    outlier: Array
+
+
+def evidence(grams: list[Array], values: Array, mean: Array, settings: Settings) -> Evidence:
+    """Marginal likelihood of ``values [k]``, where at most one of them is an outlier.
+
+    The leave-one-out densities come from the inverse (Rasmussen and Williams 2006, eq. 5.12); an outlier's is wider.
+    """
+    covariance = np.einsum("hb,bij->hij", settings.theta[:, : len(grams)], np.array(grams))
+    diagonal = np.arange(len(values))
+    covariance[:, diagonal, diagonal] += settings.noise(mean) + 1e-9
+    inverse = np.linalg.inv(covariance)
+    precision = inverse[:, diagonal, diagonal]
+    alpha = inverse @ values
+    sound = -0.5 * (alpha @ values) - 0.5 * np.linalg.slogdet(covariance)[1]
+    error, variance, rho = alpha / precision, 1 / precision, settings.rho[:, None]
+    gain = _log_normal(error, variance + SURPRISE**2) - _log_normal(error, variance) + np.log(rho / (1 - rho))
+    top = np.maximum(gain.max(axis=1, keepdims=True), 0.0)
+    total = np.exp(-top) + np.exp(gain - top).sum(axis=1, keepdims=True)
+    log = sound + len(values) * np.log(1 - rho[:, 0]) + (top + np.log(total))[:, 0]
+    return Evidence(log, np.exp(gain - top) / total)
+
+
+def maximise(logs: Array, rounds: int = 200) -> Array:
+    """Weights of settings ``[H]`` that make the tasks most likely, from log evidence ``[tasks, H]``, by EM.
+
+    One more task that says nothing keeps every setting possible.
+    """
+    likely = np.exp(logs - logs.max(axis=1, keepdims=True))
+    weights = np.full(logs.shape[1], 1 / logs.shape[1])
+    for _ in range(rounds):
+        share = likely * weights
+        share /= share.sum(axis=1, keepdims=True)
+        weights = (share.sum(axis=0) + 1 / logs.shape[1]) / (len(logs) + 1)
+    return weights
+
+
+def scale(measured: Array, mean: Array) -> float:
+    """What a median network takes, judged by networks whose mean profile is ``mean``; robust to an outlier."""
+    return float(np.median(measured / mean))
+
+
+def _log_normal(error: Array, variance: Array) -> Array:
+    return np.asarray(-0.5 * (error**2 / variance + np.log(variance)))
+
+
+def _varies(column: Array) -> bool:
+    finite = column[np.isfinite(column)]
+    return len(finite) > 1 and bool(np.ptp(finite) > 1e-9 * np.abs(finite).max())
+
+
+def _centred(matrix: Array) -> Array:
+    return matrix - matrix.mean(axis=0) if matrix.size else matrix
+
+
+def _filled(columns: Array) -> Array:
+    """NaN filled with what the other devices take on average, or with a median network."""
+    known = np.isfinite(columns)
+    count = known.sum(axis=1)
+    mean = np.where(count > 0, np.where(known, columns, 0.0).sum(axis=1) / np.maximum(count, 1), 1.0)
+    return np.where(known, columns, mean[:, None])
+
+
+def _ridge(flags: Array, columns: Array) -> tuple[Array, Array]:
+    """Fitted columns and coefficients; a ridge of one row, since indicators of a place add up to nothing."""
+    fitted, costs = np.empty_like(columns), np.empty((flags.shape[1], columns.shape[1]))
+    whole = flags.T @ flags
+    for i, column in enumerate(columns.T):
+        known = np.isfinite(column)
+        gram = whole if known.all() else flags[known].T @ flags[known]
+        level = column[known].mean()
+        costs[:, i] = np.linalg.solve(gram + np.eye(len(gram)), flags[known].T @ (column[known] - level))
+        fitted[:, i] = level + flags @ costs[:, i]
+    return fitted, costs
