@@ -76,7 +76,12 @@ class Settings:
 
     def noise(self, mean: Array) -> Array:
         """Noise variance of rows whose mean profile is ``mean [k]``: ``[H, k]``."""
-        return np.asarray((self.sigma[:, None] * mean ** self.gamma[:, None]) ** 2)
+        # The floor is for the arithmetic: matrices of costs that lie orders of magnitude apart are still inverted.
+        return np.asarray((self.sigma[:, None] * mean ** self.gamma[:, None]) ** 2 + 1e-9 * max(1.0, mean.max() ** 2))
+
+    def surprise(self, mean: Array) -> Array:
+        """Variance of an outlier beyond the noise, ``[H, k]``."""
+        return np.asarray((SURPRISE * mean ** self.gamma[:, None]) ** 2)
 
     def __getitem__(self, chosen: Ints) -> Settings:
         return Settings(self.theta[chosen], self.sigma[chosen], self.gamma[chosen], self.rho[chosen])
@@ -105,8 +110,7 @@ class Devices:
                 f"The known devices' costs have shape {values.shape}.",
                 expected="[n, d]: at least two rows (networks or parts) and one column per device",
             )
-        with np.errstate(invalid="ignore"):
-            values[~(np.isfinite(values) & (values > 0))] = np.nan
+        values = np.where(np.isfinite(values) & (values > 0), values, np.nan)
         self.usable = np.array([_varies(column) for column in values.T])
         if not self.usable.any():
             raise TableError(
@@ -134,7 +138,7 @@ class Devices:
     def _profile(self, columns: Ints) -> Array:
         return np.maximum(self._smooth[:, columns].mean(axis=1), SMALLEST)
 
-    def basis(self, rows: npt.ArrayLike | slice = slice(None), columns: Ints | None = None) -> list[Array]:
+    def basis(self, rows: Ints | slice = slice(None), columns: Ints | None = None) -> list[Array]:
         """The blocks of the basis, one array ``[rows, its weights]`` each, of all devices or of some columns."""
         columns = self._all if columns is None else columns
         smooth = self._smooth[rows][:, columns]
@@ -211,7 +215,7 @@ class Genes:
         smooth, _ = _ridge(np.hstack([self.flags, self.pairs]), columns)
         return smooth, _ridge(self.flags, columns)[1]
 
-    def basis(self, rows: npt.ArrayLike | slice, costs: Array) -> list[Array]:
+    def basis(self, rows: Ints | slice, costs: Array) -> list[Array]:
         """The three blocks that are of genes, for devices whose costs per indicator are ``costs [f, d]``."""
         flags, size = self.flags[rows], (costs**2).mean(axis=1)
         # A place that matters on the known devices may matter otherwise on the new one; one that never did, will not.
@@ -239,13 +243,14 @@ def evidence(grams: list[Array], values: Array, mean: Array, settings: Settings)
     """
     covariance = np.einsum("hb,bij->hij", settings.theta[:, : len(grams)], np.array(grams))
     diagonal = np.arange(len(values))
-    covariance[:, diagonal, diagonal] += settings.noise(mean) + 1e-9
+    covariance[:, diagonal, diagonal] += settings.noise(mean)
     inverse = np.linalg.inv(covariance)
     precision = inverse[:, diagonal, diagonal]
     alpha = inverse @ values
     sound = -0.5 * (alpha @ values) - 0.5 * np.linalg.slogdet(covariance)[1]
     error, variance, rho = alpha / precision, 1 / precision, settings.rho[:, None]
-    gain = _log_normal(error, variance + SURPRISE**2) - _log_normal(error, variance) + np.log(rho / (1 - rho))
+    wide = variance + settings.surprise(mean)
+    gain = _log_normal(error, wide) - _log_normal(error, variance) + np.log(rho / (1 - rho))
     top = np.maximum(gain.max(axis=1, keepdims=True), 0.0)
     total = np.exp(-top) + np.exp(gain - top).sum(axis=1, keepdims=True)
     log = sound + len(values) * np.log(1 - rho[:, 0]) + (top + np.log(total))[:, 0]
@@ -294,12 +299,14 @@ def _filled(columns: Array) -> Array:
 
 def _ridge(flags: Array, columns: Array) -> tuple[Array, Array]:
     """Fitted columns and coefficients; a ridge of one row, since indicators of a place add up to nothing."""
-    fitted, costs = np.empty_like(columns), np.empty((flags.shape[1], columns.shape[1]))
-    whole = flags.T @ flags
-    for i, column in enumerate(columns.T):
-        known = np.isfinite(column)
-        gram = whole if known.all() else flags[known].T @ flags[known]
-        level = column[known].mean()
-        costs[:, i] = np.linalg.solve(gram + np.eye(len(gram)), flags[known].T @ (column[known] - level))
-        fitted[:, i] = level + flags @ costs[:, i]
-    return fitted, costs
+    costs = np.empty((flags.shape[1], columns.shape[1]))
+    known = np.asarray(np.isfinite(columns))
+    level = np.array([column[mask].mean() for column, mask in zip(columns.T, known.T, strict=True)])
+    centred = np.where(known, columns - level, 0.0)
+    whole = np.asarray(known.all(axis=0))
+    for group in [np.flatnonzero(whole), *np.flatnonzero(~whole)[:, None]]:  # columns with the same rows at once
+        if len(group):
+            seen = flags if whole[group[0]] else flags[known[:, group[0]]]
+            gram = seen.T @ seen + np.eye(flags.shape[1])
+            costs[:, group] = np.linalg.solve(gram, flags.T @ centred[:, group])
+    return level + flags @ costs, costs

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.errors import TableError
-from nas.latency.device_prior import BLOCKS, SURPRISE, Devices, Settings, evidence, scale
+from nas.latency.device_prior import BLOCKS, Devices, Settings, evidence, scale
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -116,7 +116,8 @@ class FewShot:
 
     def _rows(self, rows: npt.ArrayLike) -> Ints:
         index, count = np.asarray(rows), len(self.devices.mean)
-        if index.ndim != 1 or index.dtype.kind not in "iu" or (index.size and not 0 <= index.min() <= index.max() < count):
+        integers = index.ndim == 1 and index.dtype.kind in "iu"
+        if not integers or ((index < 0) | (index >= count)).any():
             raise TableError(
                 f"Rows of shape {index.shape} and type {index.dtype} do not name measured rows.",
                 expected=f"a list of integers 0..{count - 1}",
@@ -135,16 +136,17 @@ class FewShot:
         weights = weights[kept] / weights[kept].sum()
         settings, outlier = self.settings[kept], np.zeros((len(kept), len(index)))
         outlier[:, judges] = found.outlier[kept]
-        noise = settings.noise(mean[index]) + 1e-9
-        noise = 1 / ((1 - outlier) / noise + outlier / (noise + SURPRISE**2))
+        noise = settings.noise(mean[index])
+        noise = 1 / ((1 - outlier) / noise + outlier / (noise + settings.surprise(mean[index])))
 
         stacked = np.hstack(self._basis)
         widths = [block.shape[1] for block in self._basis]
-        beta, second = np.zeros(stacked.shape[1]), np.zeros(len(mean))
-        for weight, theta, own, future in zip(weights, settings.theta, noise, settings.noise(mean), strict=True):
-            solution, variance = _condition(stacked, np.repeat(theta[: len(widths)], widths), index, values, own)
+        thetas = np.repeat(settings.theta[:, : len(widths)], widths, axis=1)
+        beta, second = np.zeros(stacked.shape[1]), weights @ settings.noise(mean)
+        for weight, theta, own in zip(weights, thetas, noise, strict=True):
+            solution, variance = _condition(stacked, theta, index, values, own)
             beta += weight * solution
-            second += weight * (variance + future + (stacked @ solution) ** 2)
+            second += weight * (variance + (stacked @ solution) ** 2)
         raw = stacked @ beta
         predicted = np.maximum(raw, LEAST * mean)
         spread = np.sqrt(np.maximum(second - raw**2, 0.0)) / predicted
@@ -197,10 +199,10 @@ def _condition(basis: Array, theta: Array, rows: Ints, values: Array, noise: Arr
     scaled = basis[rows] * np.sqrt(theta)
     if len(rows) <= len(theta):
         lower = np.linalg.cholesky(scaled @ scaled.T + np.diag(noise))
-        half = np.linalg.solve(lower, scaled)
-        solution = np.sqrt(theta) * (half.T @ np.linalg.solve(lower, values))
-        variance = (basis**2) @ theta - ((basis @ (np.sqrt(theta)[:, None] * half.T)) ** 2).sum(axis=1)
-        return solution, np.maximum(variance, 0.0)
+        half = np.linalg.solve(lower, scaled) * np.sqrt(theta)
+        prior = np.einsum("np,np,p->n", basis, basis, theta)
+        variance = prior - ((basis @ half.T) ** 2).sum(axis=1)
+        return half.T @ np.linalg.solve(lower, values), np.maximum(variance, 0.0)
     weighted = scaled / noise[:, None]
     lower = np.linalg.cholesky(scaled.T @ weighted + np.eye(len(theta)))
     half = np.linalg.solve(lower, np.diag(np.sqrt(theta)))
