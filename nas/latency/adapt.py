@@ -83,9 +83,10 @@ def adapt_networks(
         _rows(keys, parts)
         for key, count in parts.items():
             counts[network, place[key]] = count
-    rows = len(keys) + np.arange(len(measured))
-    model = FewShot(np.vstack([columns, counts @ columns]), samples=max(2, len(measured)))
-    adapted = model.adapt(rows, [cost for _, cost in measured])
+    # What a call costs whatever it runs is a network's and no part's.
+    fixed = np.repeat([0.0, 1.0], [len(keys), len(measured)])
+    model = FewShot(np.vstack([columns, counts @ columns]), samples=max(2, len(measured)), fixed=fixed)
+    adapted = model.adapt(len(keys) + np.arange(len(measured)), [cost for _, cost in measured])
     return _by_key(keys, adapted.predicted[: len(keys)], adapted.uncertainty[: len(keys)])
 
 

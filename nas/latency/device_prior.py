@@ -5,10 +5,10 @@ A cost column ``z`` (in units of its median) is modelled linearly, because a net
     z = b + s·m(x) + Σ_d u_d (S_d(x) − m(x)) + Σ_d r_d R_d(x) + genes(x) + ε,    ε ~ N(0, (σ m(x)^γ)²)
 
 ``S_d`` is known device d without its noise (a regression on the genes where they are given, else the column itself),
-``R_d = z_d − S_d`` its rest, ``m`` the mean of the S_d. ``genes`` is what a known device may not have shown: a cost per
-gene and place, a cost per symbol wherever it stands, and a mix of the known devices that differs from symbol to symbol.
-Every weight is N(0, θ_block); integrating it out leaves a Gaussian process whose kernel comes from the known devices
-(Rasmussen and Williams 2006, eq. 2.12).
+``R_d = z_d − S_d`` its rest, ``m`` the mean of the S_d. ``genes`` is what a known device may not have shown: a cost
+per gene and place, a cost per symbol wherever it stands, and a mix of the known devices that differs from symbol to
+symbol. Every weight is N(0, θ_block), but s is N(1, θ_mean); integrating them out leaves a Gaussian process whose
+kernel comes from the known devices (Rasmussen and Williams 2006, eq. 2.12).
 
 Which θ, σ, γ a new device has is learnt by treating every known device as a new one (nonparametric empirical Bayes,
 Kiefer and Wolfowitz 1956): a fixed sample of settings, and by EM the weights that make the known devices' few
@@ -31,7 +31,7 @@ Ints = npt.NDArray[np.int64]
 #: Blocks of the basis and the range of the standard deviation of their weights; wide, and learnt within.
 BLOCKS = {
     "offset": (0.02, 3.0),
-    "mean": (0.2, 3.0),
+    "mean": (0.05, 1.5),
     "devices": (0.05, 3.0),
     "rest": (0.03, 1.5),
     "places": (0.01, 1.0),
@@ -93,6 +93,7 @@ class Devices:
     Args:
         known: costs ``[n, d]`` in any positive unit; NaN, infinite and ≤ 0 mean unknown.
         genomes: integers ``[n, places]``, the same symbol for the same operation everywhere; or none.
+        fixed: how often each row bears a new device's fixed cost b, ``[n]``; 1 without it.
 
     Attributes:
         usable: columns that tell networks apart, ``[d]``.
@@ -103,7 +104,9 @@ class Devices:
         TableError: the arrays have wrong shapes or no column is usable.
     """
 
-    def __init__(self, known: npt.ArrayLike, genomes: npt.ArrayLike | None = None) -> None:
+    def __init__(
+        self, known: npt.ArrayLike, genomes: npt.ArrayLike | None = None, fixed: npt.ArrayLike | None = None
+    ) -> None:
         values = np.array(known, dtype=np.float64)
         if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] < 1:
             raise TableError(
@@ -118,7 +121,7 @@ class Devices:
                 expected="at least one device with two different finite, positive costs",
             )
         scaled = values[:, self.usable] / np.nanmedian(values[:, self.usable], axis=0)
-        self.seen = np.isfinite(scaled).any(axis=1)
+        self.seen = np.asarray(np.isfinite(scaled).any(axis=1))
         self.genes: Genes | None = None
         if genomes is None:
             self._smooth = _filled(scaled)
@@ -129,6 +132,7 @@ class Devices:
             self._rest = np.nan_to_num(scaled - self._smooth)
             self.seen[:] = True
         self._scaled = scaled
+        self._fixed = np.ones(len(values)) if fixed is None else np.asarray(fixed, dtype=np.float64)
         self.mean = self._profile(self._all)
 
     @property
@@ -143,7 +147,7 @@ class Devices:
         columns = self._all if columns is None else columns
         smooth = self._smooth[rows][:, columns]
         mean, share = smooth.mean(axis=1, keepdims=True), len(columns) ** -0.5
-        found = [np.ones_like(mean), mean, (smooth - mean) * share, self._rest[rows][:, columns] * share]
+        found = [self._fixed[rows][:, None], mean, (smooth - mean) * share, self._rest[rows][:, columns] * share]
         if self.genes is not None:
             found += self.genes.basis(rows, self._costs[:, columns])
         return found
@@ -170,7 +174,7 @@ class Devices:
                 rows = rng.choice(valid, size, replace=False)
                 values = self._scaled[rows, device] / scale(self._scaled[rows, device], profile[rows])
                 grams = [block @ block.T for block in self.basis(rows, others)]
-                logs += evidence(grams, values, profile[rows], settings).log / TASKS
+                logs += evidence(grams, values - profile[rows], profile[rows], settings).log / TASKS
             found.append(logs)
         return maximise(np.array(found)) if found else np.full(len(settings.sigma), 1 / len(settings.sigma))
 
@@ -237,7 +241,7 @@ class Evidence:
 
 
 def evidence(grams: list[Array], values: Array, mean: Array, settings: Settings) -> Evidence:
-    """Marginal likelihood of ``values [k]``, where at most one of them is an outlier.
+    """Marginal likelihood of ``values [k]`` (of mean zero), where at most one of them is an outlier.
 
     The leave-one-out densities come from the inverse (Rasmussen and Williams 2006, eq. 5.12); an outlier's is wider.
     """

@@ -51,13 +51,20 @@ class FewShot:
         known: costs ``[n, d]`` of networks or parts on known devices; NaN, infinite and ≤ 0 mean unknown.
         genomes: integers ``[n, places]``, the same symbol for the same operation everywhere; or none.
         samples: number of measurements that the prior is learnt for.
+        fixed: how often each row bears a fixed cost that only the new device may have, ``[n]``; 1 without it.
 
     Raises:
         TableError: as :class:`~nas.latency.device_prior.Devices`, or fewer than 2 samples.
     """
 
-    def __init__(self, known: npt.ArrayLike, genomes: npt.ArrayLike | None = None, samples: int = 10) -> None:
-        self.devices = Devices(known, genomes)
+    def __init__(
+        self,
+        known: npt.ArrayLike,
+        genomes: npt.ArrayLike | None = None,
+        samples: int = 10,
+        fixed: npt.ArrayLike | None = None,
+    ) -> None:
+        self.devices = Devices(known, genomes, fixed)
         self.samples = _count(samples, len(self.devices.mean))
         self.settings = Settings.spread()
         self.prior = self.devices.learn(self.samples, self.settings)
@@ -65,6 +72,10 @@ class FewShot:
     @cached_property
     def _basis(self) -> list[Array]:
         return self.devices.basis()
+
+    @cached_property
+    def _stacked(self) -> Array:
+        return np.hstack(self._basis)
 
     def choose(self, seed: int, among: npt.ArrayLike | None = None) -> Ints:
         """``samples`` distinct rows worth measuring, a function of the seed, in the order of their worth.
@@ -83,11 +94,11 @@ class FewShot:
         rng = np.random.default_rng(seed)
         pool = rng.permutation(rows)[: max(POOL, self.samples)]
         inner = pool[: max(POOL, GREEDY)]
-        theta, sigma = self.prior @ self.settings.theta, float(self.prior @ self.settings.sigma**2)
+        theta, noise = self.prior @ self.settings.theta, float(self.prior @ self.settings.sigma**2)
         # In units of each row's noise, so that what is lowered is the relative error where noise is relative.
         unit = self.devices.mean[inner] ** float(self.prior @ self.settings.gamma)
-        stacked = np.hstack([np.sqrt(t) * b[inner] for t, b in zip(theta, self._basis, strict=False)]) / unit[:, None]
-        taken = _greedy(stacked @ stacked.T, sigma, min(self.samples, GREEDY))
+        scaled = np.hstack([np.sqrt(t) * b[inner] for t, b in zip(theta, self._basis, strict=False)]) / unit[:, None]
+        taken = _greedy(scaled @ scaled.T, noise, min(self.samples, GREEDY))
         rest = np.setdiff1d(np.arange(len(pool)), taken)
         return np.asarray(pool[[*taken, *rng.permutation(rest)[: self.samples - len(taken)]]], dtype=np.int64)
 
@@ -130,7 +141,7 @@ class FewShot:
         judges = np.unique(np.linspace(0, len(index) - 1, min(len(index), JUDGES)).astype(np.int64))
         rows, mean = index[judges], self.devices.mean
         grams = [block[rows] @ block[rows].T for block in self._basis]
-        found = evidence(grams, values[judges], mean[rows], self.settings)
+        found = evidence(grams, values[judges] - mean[rows], mean[rows], self.settings)
         weights = self.prior * np.exp(found.log - found.log.max())
         kept = np.argsort(-weights, kind="stable")[:KEPT]
         weights = weights[kept] / weights[kept].sum()
@@ -139,17 +150,22 @@ class FewShot:
         noise = settings.noise(mean[index])
         noise = 1 / ((1 - outlier) / noise + outlier / (noise + settings.surprise(mean[index])))
 
-        stacked = np.hstack(self._basis)
         widths = [block.shape[1] for block in self._basis]
         thetas = np.repeat(settings.theta[:, : len(widths)], widths, axis=1)
-        beta, second = np.zeros(stacked.shape[1]), weights @ settings.noise(mean)
-        for weight, theta, own in zip(weights, thetas, noise, strict=True):
-            solution, variance = _condition(stacked, theta, index, values, own)
-            beta += weight * solution
-            second += weight * (variance + (stacked @ solution) ** 2)
-        raw = stacked @ beta
+        stacked, excess = self._stacked, values - mean[index]
+        betas = np.empty_like(thetas)
+        variance = weights @ settings.noise(mean)
+        if len(index) <= stacked.shape[1]:
+            variance += np.einsum("np,np,p->n", stacked, stacked, weights @ thetas)
+        for i, (theta, own) in enumerate(zip(thetas, noise, strict=True)):
+            betas[i], half, sign = _condition(stacked[index], theta, excess, own)
+            variance += sign * weights[i] * ((stacked @ half.T) ** 2).sum(axis=1)
+        each = stacked @ betas.T
+        beta = weights @ betas
+        variance += (each - (each @ weights)[:, None]) ** 2 @ weights
+        raw = mean + stacked @ beta
         predicted = np.maximum(raw, LEAST * mean)
-        spread = np.sqrt(np.maximum(second - raw**2, 0.0)) / predicted
+        spread = np.sqrt(np.maximum(variance, 0.0)) / predicted
         spread[~self.devices.seen] = np.inf
         return Adapted(
             predicted * unit, spread, self._weights(beta), self._shares(beta, widths), np.asarray(weights @ outlier)
@@ -160,15 +176,16 @@ class FewShot:
         count = int(self.devices.usable.sum())
         own = beta[2 : 2 + count]
         found = np.zeros(len(self.devices.usable))
-        found[self.devices.usable] = beta[1] / count + (own - own.mean()) * count**-0.5
+        found[self.devices.usable] = (1 + beta[1]) / count + (own - own.mean()) * count**-0.5
         return found
 
     def _shares(self, beta: Array, widths: list[int]) -> dict[str, float]:
         """Variance that each block contributes, over that of the prediction."""
         parts = np.split(beta, np.cumsum(widths)[:-1])
-        values = [float(np.var(block @ part)) for block, part in zip(self._basis, parts, strict=True)]
-        total = float(np.var(sum(block @ part for block, part in zip(self._basis, parts, strict=True))))
-        return {name: value / max(total, 1e-300) for name, value in zip(BLOCKS, values, strict=False)}
+        terms = dict(zip(BLOCKS, (b @ part for b, part in zip(self._basis, parts, strict=True)), strict=False))
+        terms["mean"] = terms["mean"] + self.devices.mean
+        total = float(np.var(sum(terms.values())))
+        return {name: float(np.var(term)) / max(total, 1e-300) for name, term in terms.items()}
 
 
 def adapt(
@@ -191,22 +208,21 @@ def choose(known: npt.ArrayLike, k: int, seed: int, genomes: npt.ArrayLike | Non
     return FewShot(known, genomes, k).choose(seed)
 
 
-def _condition(basis: Array, theta: Array, rows: Ints, values: Array, noise: Array) -> tuple[Array, Array]:
-    """Posterior mean of the weights ``[p]`` and variance of ``basis [n, p]`` times them, in the smaller of two forms.
+def _condition(basis: Array, theta: Array, values: Array, noise: Array) -> tuple[Array, Array, float]:
+    """Posterior of the weights given ``values [k]`` of ``basis [k, p]``: mean ``[p]``, half ``[r, p]``, and a sign.
 
-    Rasmussen and Williams 2006, eq. 2.11 (k > p) and 2.12 (k ≤ p).
+    The weights' covariance is diag(θ) − halfᵀ half where the sign is −1, halfᵀ half where it is +1: the smaller system
+    is solved (Rasmussen and Williams 2006, eq. 2.12 for k ≤ p and 2.11 for k > p).
     """
-    scaled = basis[rows] * np.sqrt(theta)
-    if len(rows) <= len(theta):
+    scaled = basis * np.sqrt(theta)
+    if len(basis) <= len(theta):
         lower = np.linalg.cholesky(scaled @ scaled.T + np.diag(noise))
         half = np.linalg.solve(lower, scaled) * np.sqrt(theta)
-        prior = np.einsum("np,np,p->n", basis, basis, theta)
-        variance = prior - ((basis @ half.T) ** 2).sum(axis=1)
-        return half.T @ np.linalg.solve(lower, values), np.maximum(variance, 0.0)
+        return half.T @ np.linalg.solve(lower, values), half, -1.0
     weighted = scaled / noise[:, None]
     lower = np.linalg.cholesky(scaled.T @ weighted + np.eye(len(theta)))
     half = np.linalg.solve(lower, np.diag(np.sqrt(theta)))
-    return half.T @ np.linalg.solve(lower, weighted.T @ values), ((basis @ half.T) ** 2).sum(axis=1)
+    return half.T @ np.linalg.solve(lower, weighted.T @ values), half, 1.0
 
 
 def _greedy(kernel: Array, noise: float, count: int) -> list[int]:
