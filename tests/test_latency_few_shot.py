@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from nas.errors import TableError
-from nas.latency.device_prior import Devices, Settings, evidence, maximise
 from nas.latency.few_shot import FewShot, _condition, adapt, choose
 from nas.latency.fit import spearman
 
@@ -197,29 +196,6 @@ def test_small_and_wide_tables(rows: int, columns: int) -> None:
 def test_what_is_wrong_is_said(known: object, rows: object, measured: object, genomes: object, text: str) -> None:
     with pytest.raises(TableError, match=text):
         adapt(known, rows, measured, genomes)  # type: ignore[arg-type]
-
-
-def test_evidence_is_that_of_a_gaussian() -> None:
-    from scipy.stats import multivariate_normal
-
-    devices_ = Devices(devices(3))
-    settings = Settings.spread(8)
-    settings = Settings(settings.theta, np.full(8, 0.1), settings.gamma, np.full(8, 1e-30))
-    rows = np.array([3, 77, 500, 900])
-    basis, mean = devices_.basis(rows), devices_.mean[rows]
-    values = np.array([0.1, 0.3, -0.2, 0.1])
-    found = evidence([block @ block.T for block in basis], values, mean, settings).log
-    for i, log in enumerate(found):
-        covariance = sum(t * b @ b.T for t, b in zip(settings.theta[i], basis, strict=False))
-        expected = multivariate_normal(np.zeros(4), covariance + np.diag(settings.noise(mean)[i])).logpdf(values)
-        assert log == pytest.approx(expected + 2 * np.log(2 * np.pi), rel=1e-4)
-
-
-def test_settings_that_explain_the_tasks_get_the_weight() -> None:
-    weights = maximise(np.array([[0.0, 5.0, 0.0], [0.0, 5.0, 0.0], [-3.0, 4.0, 0.0]]))
-    assert weights.sum() == pytest.approx(1)
-    assert weights.argmax() == 1
-    assert (weights > 0).all()
 
 
 def published() -> Path | None:

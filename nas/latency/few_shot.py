@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.errors import TableError
-from nas.latency.device_prior import BLOCKS, Devices, Settings, evidence, scale
+from nas.latency.device_prior import Devices, scale
+from nas.latency.evidence import BLOCKS, Settings, evidence
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
