@@ -112,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--provider", help="what executes within the runtime: cpu, cuda, …")
     profile.add_argument("--graph", help="how far the runtime may rewrite the graph")
     profile.add_argument("--minutes", type=float, help="in all; parts beyond them are interpolated (default: 10)")
+    profile.add_argument("--nets", type=int, metavar="N", help="calibration networks (default: 30)")
+    profile.add_argument(
+        "--keys", type=Path, metavar="FILE", help="measure the parts in FILE alone, a key a line (nas tables adapt)"
+    )
     profile.add_argument("--resume", action="store_true", help="go on with a measurement that Ctrl-C ended")
     profile.add_argument("--out", type=Path, help="table file (default: this machine's cache, where searches look)")
     profile.add_argument("--bundle", type=Path, metavar="DIR", help="write what another machine can measure by itself")
@@ -250,9 +254,11 @@ def _subject(options: argparse.Namespace) -> Any:
         options.name, options.threads, options.batch, options.runtime, options.provider, options.graph
     )
     if options.space is None:
-        return profiling.of_experiment(load_experiment(options.experiment, options.set), scenario, options.minutes)
-    shape = profiling.parse_shape(options.input)
-    return profiling.of_space(options.space, options.set, shape, options.classes, scenario, options.minutes)
+        subject = profiling.of_experiment(load_experiment(options.experiment, options.set), scenario, options.minutes)
+    else:
+        shape = profiling.parse_shape(options.input)
+        subject = profiling.of_space(options.space, options.set, shape, options.classes, scenario, options.minutes)
+    return subject.narrowed(options.nets, options.keys)
 
 
 def _tables(options: argparse.Namespace) -> int:

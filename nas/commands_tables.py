@@ -1,4 +1,4 @@
-"""What `nas tables` does: list, show, validate, compare and import latency tables; the command line prints it."""
+"""What `nas tables` does: list, show, validate, compare, adapt and import tables; the command line prints it."""
 
 from __future__ import annotations
 
@@ -58,6 +58,20 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> argparse.Argum
     compare.add_argument("--classes", type=int, default=1000, help="with --space: classes (default: %(default)s)")
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.set_defaults(answer=compare_tables)
+
+    adapt = actions.add_parser(
+        "adapt", parents=[common], help="a new device's table from other devices' tables and a few measurements"
+    )
+    adapt.add_argument("known", nargs="+", metavar="TABLE", help="tables of other devices for one space")
+    adapt.add_argument("--suggest", type=int, metavar="N", help="print the N parts that are worth measuring")
+    adapt.add_argument("--seed", type=int, default=0, help="with --suggest: another choice (default: %(default)s)")
+    adapt.add_argument(
+        "--measured", type=Path, metavar="FILE", help="the new device's few: a table, or JSON of parts and networks"
+    )
+    adapt.add_argument("--name", default="adapted", help="of the new device (default: that of the table, or adapted)")
+    adapt.add_argument("--experiment", metavar="FILE", help="of the tables' space: sums are fitted to FILE's nets")
+    adapt.add_argument("--out", type=Path, metavar="TABLE.json", help="table file to write")
+    adapt.set_defaults(answer=adapt_tables)
 
     importing = actions.add_parser("import", parents=[common], help="read a published table of another project")
     importing.add_argument("format", help="proxylessnas or ofa")
@@ -313,6 +327,37 @@ def _space(options: argparse.Namespace) -> SearchSpace | None:
         return None
     shape = profiling.parse_shape(options.input)
     return profiling.of_space(options.space, [], shape, options.classes, profiling.Scenario(), None).space
+
+
+# ---- adapt --------------------------------------------------------------------------------------------
+
+
+def adapt_tables(options: argparse.Namespace) -> Answer:
+    """Say what to measure, or make the table of what was measured."""
+    from nas.experiment import load_experiment
+    from nas.job import Job
+    from nas.latency.adapt import suggest, values
+    from nas.latency.adapted import adapted_table, read_few
+    from nas.latency.catalog import find
+    from nas.latency.profile import describe
+    from nas.latency.table import LatencyTable
+
+    known = [LatencyTable.load(find(name)) for name in options.known]
+    if (options.suggest is None) == (options.measured is None):
+        raise TableError(
+            "nas tables adapt takes either --suggest or --measured.",
+            remedy="--suggest 10 says which parts to measure (nas profile --keys), --measured FILE makes the table",
+        )
+    if options.suggest is not None:
+        return Answer(suggest([values(table) for table in known], options.suggest, options.seed))
+    if options.out is None:
+        raise TableError("nas tables adapt --measured needs a place for the table.", remedy="--out TABLE.json")
+    few = read_few(options.measured)
+    name = options.name if options.name != "adapted" else few.device.get("name", options.name)
+    parts = Job(load_experiment(options.experiment), Path(".")).space.keys() if options.experiment else None
+    table = adapted_table(known, few, name, parts)
+    table.save(options.out)
+    return Answer([describe(table), f"table written to {options.out}"])
 
 
 # ---- import -------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from nas.space import SearchSpace, TaskInfo
 from nas.student.tables import cached_path, calibration_nets, partial_of
 
 MINUTES = 10.0
-NETS = 30
+FEWEST_NETS, NETS = 8, 30
 FOR_MEASURING = 0.9  # of the time given; fits and interpolation have the rest
 AT_LEAST = 0.2  # of the time given, for measuring, however long the exports took
 FAR_PARTS = 2.0  # parts that a bundle holds for each second of measuring
@@ -44,6 +44,7 @@ class Subject:
         space, info, device: as in an experiment.
         effort: how long, and how well.
         nets: calibration networks.
+        keys: the parts to measure; () is as many as the time allows.
     """
 
     name: str
@@ -53,6 +54,29 @@ class Subject:
     device: Device
     effort: Effort
     nets: int
+    keys: tuple[str, ...] = ()
+
+    def narrowed(self, nets: int | None, keys: Path | None) -> Subject:
+        """With another number of networks, and those parts alone that a file names, one a line; None changes nothing.
+
+        Raises:
+            TableError: too few or too many networks, no such file, or no such part in the space.
+        """
+        if nets is not None and not FEWEST_NETS <= nets <= NETS:
+            raise TableError(f"{nets} calibration networks.", expected=f"{FEWEST_NETS} to {NETS}")
+        chosen = self if nets is None else replace(self, nets=nets)
+        if keys is None:
+            return chosen
+        try:
+            lines = [line.strip() for line in keys.read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise TableError(f"{keys} cannot be read: {error}.", expected="one part key a line") from error
+        parts = self.space.keys()
+        if unknown := [line for line in lines if line not in parts]:
+            raise TableError(
+                f"Space {self.space.name!r} has no part {unknown[0]!r}.", expected="keys as its tables have them"
+            )
+        return replace(chosen, keys=tuple(lines))
 
 
 @dataclass(frozen=True)
@@ -141,7 +165,7 @@ def profile_here(
     progress.stage("latency table")
     table = profile(
         subject.space, nets, subject.device, effort, progress=progress.update, note=progress.note,
-        partial=partial_of(path), resume=resume,
+        partial=partial_of(path), resume=resume, keys=subject.keys,
     )  # fmt: skip
     table.save(path)
     progress.note(describe(table))
@@ -174,7 +198,7 @@ def write(subject: Subject, folder: Path, *, progress: Progress | None = None) -
     with exporter() as executor:
         nets = calibration_nets(subject.space, subject.info, executor, subject.nets, progress=progress.update)
     parts = subject.space.keys()
-    plan = Plan.of(subject.space, nets, grid(parts, int(FAR_PARTS * subject.effort.seconds)))
+    plan = Plan.of(subject.space, nets, subject.keys or grid(parts, int(FAR_PARTS * subject.effort.seconds)))
     if plan.absent:
         progress.note(f"{len(plan.measured)} of {len(parts)} parts are in the bundle, the others will be interpolated")
     d = subject.device

@@ -404,3 +404,16 @@ def test_openvino_is_an_extra() -> None:
     except ImportError:
         with pytest.raises(ExtraError, match=r"latency-nas\[openvino\]"):
             runtimes.get("openvino")()
+
+
+def test_a_bound_part_computes_and_executes_what_a_whole_model_does() -> None:
+    """Its tensors stay where they are; nothing else is different."""
+    part = Part((Conv(8, 3, activation="relu6"), Conv(16, 1)), (4, 8, 8))
+    runtime = runtimes.get("onnxruntime")()
+    free = runtime.load(part.to_onnx(2), threads=1, batch=2)
+    bound = runtime.load_part(part.to_onnx(2), threads=1, batch=2)
+    assert bound.fused() == free.fused()
+    assert bound.fused()["Conv"] == 2
+    np.testing.assert_array_equal(bound.outputs()[0], free.outputs()[0])
+    bound()
+    assert all(ms > 0 for ms in bound.time(3))

@@ -65,6 +65,7 @@ def profile(
     note: Callable[[str], None] = lambda _: None,
     partial: Path | None = None,
     resume: bool = False,
+    keys: Sequence[str] = (),
 ) -> LatencyTable:
     """Measure the keys of ``space``, or as many as the time allows, and fit their sums to ``nets``.
 
@@ -73,6 +74,7 @@ def profile(
         note: called with what a user should know.
         partial: where to keep what was seen when Ctrl-C ends the measuring; deleted at the end.
         resume: go on with what ``partial`` holds, if it is there.
+        keys: measure these alone.
 
     Raises:
         TableError: ``partial`` holds something else's measurement.
@@ -80,7 +82,7 @@ def profile(
     begin = time.perf_counter()
     earlier, identity = _earlier(partial) if partial is not None and resume else (None, "")
     if earlier is None:
-        keys = choose_keys(
+        keys = keys or choose_keys(
             space, device, effort.seconds, [net.model for net in nets if net.model is not None], seed=effort.seed,
             note=note,
         )  # fmt: skip
