@@ -349,6 +349,7 @@ def normal(*shape: int) -> Any:
         ("ReduceSum", [], IMAGE, {}),
         ("Softmax", [], IMAGE, {"axis": 1}),
         ("HardSigmoid", [], IMAGE, {}),
+        ("Cast", [], IMAGE, {"to": TensorProto.FLOAT}),
         ("MaxPool", [], IMAGE, {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}),
         ("AveragePool", [], IMAGE, {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}),
         ("BatchNormalization", [normal(3), normal(3), normal(3), np.abs(normal(3))], IMAGE, {}),
