@@ -11,11 +11,10 @@ from nas.controller import Budget, Counts, SearchController, best, front, object
 from nas.errors import StudyError
 from nas.executors import Executor
 from nas.experiment import Experiment
-from nas.latency import CostEstimator
-from nas.latency.measure import Timing
+from nas.latency import CostEstimator, LatencyTable
 from nas.progress import Progress
 from nas.reward import Limit, Reward, violation
-from nas.student.finalists import Entrant, Finalist, judge, measure_models, train_finalists
+from nas.student.finalists import Entrant, Finalist, Session, judge, measure_models, train_finalists
 from nas.study import Study, Trial, trainings
 
 if TYPE_CHECKING:
@@ -112,9 +111,17 @@ def _uniform(job: Job, estimator: CostEstimator, limits: tuple[Limit, ...], coun
 
 
 def measure_finalists(
-    job: Job, entrants: list[Entrant], executor: Executor, reward: Reward, limits: tuple[Limit, ...]
-) -> tuple[list[Finalist], dict[str, Timing]]:
-    """Distil long, export, and measure all of them and the teacher side by side."""
+    job: Job,
+    entrants: list[Entrant],
+    executor: Executor,
+    reward: Reward,
+    limits: tuple[Limit, ...],
+    table: LatencyTable,
+) -> tuple[list[Finalist], Session]:
+    """Distil long, export, and measure all of them and the teacher side by side.
+
+    Those of their parts that the table had only interpolated are measured too.
+    """
     job.progress.stage("finalists")
     folder = job.run / "finalists"
     done: list[str] = []
@@ -130,8 +137,14 @@ def measure_finalists(
     job.progress.stage("measuring")
     models = {name: folder / name / "model.onnx" for name, known in facts.items() if "reason" not in known}
     models["teacher"] = job.run / "teacher.onnx"
-    timings = measure_models(models, job.device, job.experiment.finalists.seconds, job.progress.update)
-    return judge(entrants, facts, timings, folder, reward, limits), timings
+    unmeasured = {
+        part.key: part
+        for entrant in entrants for part in job.space.parts(job.space.decode(entrant.genome))
+        if not table.entry(part.key).measured
+    }  # fmt: skip
+    seconds = job.experiment.finalists.seconds
+    session = measure_models(models, job.device, seconds, job.progress.update, unmeasured)
+    return judge(entrants, facts, session.timings, folder, reward, limits), session
 
 
 class _Watch:

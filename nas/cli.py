@@ -1,4 +1,4 @@
-"""The command line: search, sweep, profile, front, report, list. The only place that prints and exits."""
+"""The command line: search, sweep, profile, tables, front, report, list. The only place that prints and exits."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nas import __version__
-from nas.errors import NasError
+from nas import __version__, commands_tables
+from nas.errors import ExperimentError, NasError
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -94,11 +94,38 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--dry-run", action="store_true", help="check everything, and say what would be done")
     sweep.set_defaults(function=_sweep)
 
-    profile = commands.add_parser("profile", parents=[common], help="build a latency table for this device")
-    profile.add_argument("experiment", help="experiment whose space and device are profiled")
-    profile.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    profile = commands.add_parser(
+        "profile", parents=[common], help="build a latency table for this device, or for one far away"
+    )
+    profile.add_argument("experiment", nargs="?", help="experiment whose space and device are profiled, or:")
+    profile.add_argument("--space", help="search space by name, path or module:name")
+    profile.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the experiment or space"
+    )
+    profile.add_argument("--input", default="3x224x224", help="with --space: shape of an input (default: %(default)s)")
+    profile.add_argument("--classes", type=int, default=1000, help="with --space: classes (default: %(default)s)")
+    profile.add_argument("--device", choices=["local"], default="local", help="this machine (others: --bundle, --ssh)")
+    profile.add_argument("--name", help="the device's name (default: processor, runtime, threads)")
+    profile.add_argument("--threads", type=int, help="threads of an inference (default: 1)")
+    profile.add_argument("--batch", type=int, help="inputs of an inference (default: 1)")
+    profile.add_argument("--runtime", help="see `nas list runtimes` (default: onnxruntime)")
+    profile.add_argument("--provider", help="what executes within the runtime: cpu, cuda, …")
+    profile.add_argument("--graph", help="how far the runtime may rewrite the graph")
+    profile.add_argument("--minutes", type=float, help="in all; parts beyond them are interpolated (default: 10)")
+    profile.add_argument("--resume", action="store_true", help="go on with a measurement that Ctrl-C ended")
     profile.add_argument("--out", type=Path, help="table file (default: this machine's cache, where searches look)")
+    profile.add_argument("--bundle", type=Path, metavar="DIR", help="write what another machine can measure by itself")
+    profile.add_argument(
+        "--from-bundle", type=Path, metavar="DIR", help="make the table of a bundle (or its measurements.json)"
+    )
+    profile.add_argument("--ssh", metavar="HOST", help="measure on a machine with numpy and onnxruntime, over ssh")
+    profile.add_argument("--ssh-python", default="python3", metavar="COMMAND", help="its Python (default: %(default)s)")
+    profile.add_argument(
+        "--ssh-option", action="append", default=[], metavar="OPTION", help="for ssh, as in --ssh-option=-p2222"
+    )
     profile.set_defaults(function=_profile)
+
+    commands_tables.add_parser(commands, common).set_defaults(function=_tables)
 
     front = commands.add_parser(
         "front", parents=[common], help="a run's Pareto front and best candidate under any reward; trains nothing"
@@ -184,15 +211,55 @@ def _print_sweep(folder: Path) -> None:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    from nas.experiment import load_experiment
-    from nas.job import build_only
+    from nas import profiling
 
-    experiment = load_experiment(options.experiment, options.set)
+    if sum(way is not None for way in (options.bundle, options.from_bundle, options.ssh)) > 1:
+        raise ExperimentError("--bundle, --from-bundle and --ssh exclude each other.", remedy="give one of them")
+    subject = None if options.from_bundle else _subject(options)
     bar = Bar()
     with bar.progress:
-        path = build_only(experiment, options.out, bar)
-    console.print(f"table written to {escape(str(path))}", soft_wrap=True)
+        if subject is None:
+            path, _ = profiling.read(options.from_bundle, options.out, name=options.name, progress=bar)
+        elif options.bundle is not None:
+            profiling.write(subject, options.bundle, progress=bar)
+        elif options.ssh is not None:
+            path, _ = profiling.profile_over_ssh(
+                subject, options.ssh, options.out, name=options.name, python=options.ssh_python,
+                options=options.ssh_option, progress=bar,
+            )  # fmt: skip
+        else:
+            path, _ = profiling.profile_here(subject, options.out, resume=options.resume, progress=bar)
+    if options.bundle is not None:
+        said = f"bundle written to {options.bundle}: copy it to the device, run `python3 run.py` in it, bring it back, "
+        said += f"and `nas profile --from-bundle {options.bundle}`"
+    else:
+        said = f"table written to {path}"
+    console.print(said, markup=False, soft_wrap=True)
     return 0
+
+
+def _subject(options: argparse.Namespace) -> Any:
+    from nas import profiling
+    from nas.experiment import load_experiment
+
+    if (options.experiment is None) == (options.space is None):
+        raise ExperimentError(
+            "nas profile takes either an experiment or --space.", remedy="nas profile --space mobilenet --device local"
+        )
+    scenario = profiling.Scenario(
+        options.name, options.threads, options.batch, options.runtime, options.provider, options.graph
+    )
+    if options.space is None:
+        return profiling.of_experiment(load_experiment(options.experiment, options.set), scenario, options.minutes)
+    shape = profiling.parse_shape(options.input)
+    return profiling.of_space(options.space, options.set, shape, options.classes, scenario, options.minutes)
+
+
+def _tables(options: argparse.Namespace) -> int:
+    answer: commands_tables.Answer = options.answer(options)
+    for line in answer.lines:
+        console.print(line, markup=False, emoji=False, soft_wrap=True)
+    return answer.code
 
 
 def _front(options: argparse.Namespace) -> int:

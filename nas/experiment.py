@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -54,6 +55,8 @@ class DeviceSection(Section):
     threads: int = Field(1, ge=1)
     batch: int = Field(1, ge=1)
     runtime: str = "onnxruntime"
+    provider: str = ""
+    graph: str = ""
 
 
 DeviceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -313,8 +316,7 @@ def _is_published(raw: dict[str, Any]) -> bool:
 def _overridden(source: str | Path | dict[str, Any], overrides: list[str] | None) -> tuple[dict[str, Any], str]:
     raw, origin = (source, "the experiment") if isinstance(source, dict) else _read(source)
     raw = _copy(raw)
-    for override in overrides or []:
-        _set(raw, override)
+    apply_overrides(raw, overrides or [])
     return raw, origin
 
 
@@ -350,6 +352,16 @@ def read_mapping(kind: str, source: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def _copy(raw: dict[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, dict) else value for key, value in raw.items()}
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Set ``key=value`` strings, whose values are YAML, in nested sections.
+
+    Raises:
+        ExperimentError: one has no key, no value, or a key below a value.
+    """
+    for override in overrides:
+        _set(raw, override)
 
 
 def _set(raw: dict[str, Any], override: str) -> None:

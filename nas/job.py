@@ -35,15 +35,16 @@ from nas.latency import AdditiveEstimator, CostEstimator, Device, LatencyTable, 
 from nas.latency.estimator import LATENCIES
 from nas.latency.fit import FitError
 from nas.latency.measure import Timing
-from nas.latency.profile import describe
+from nas.latency.profile import Effort, describe
+from nas.latency.refine import Measured, Refinement, refined
 from nas.locks import cache_dir, cache_lock, run_lock
 from nas.progress import Progress, Silent
 from nas.reward import Limit, Reward, rewards, violation
 from nas.settings import construct
 from nas.space import SearchSpace
 from nas.strategies import Domain, Objective, Strategy, strategies
-from nas.student.finalists import Entrant, Finalist, measure_models
-from nas.student.tables import build_table, cached_path, find_table
+from nas.student.finalists import Entrant, Finalist, Session, measure_models
+from nas.student.tables import build_table, cached_path, find_table, partial_of
 from nas.student.teacher import Teacher, family_teacher, own_teacher
 from nas.study import Trial
 from nas.tasks import Task, tasks
@@ -62,6 +63,7 @@ class Outcome:
     entrants: list[Entrant]
     finalists: list[Finalist]
     timings: dict[str, Timing]
+    refinement: Refinement
     winner: Finalist
     seconds: float
     warnings: list[str]
@@ -165,11 +167,12 @@ class Job:
         return found
 
     def build(self, executor: Executor) -> LatencyTable:
-        """A new table, measured now."""
+        """A new table, measured now; what Ctrl-C ends is gone on with by the next run that wants it."""
         section = self.experiment.table
         return build_table(
-            self.untaught, self.device, executor,
-            seconds=section.seconds, nets=section.nets, noise=section.noise, progress=self.progress.update,
+            self.space, self.task.info, self.device, executor, Effort(section.seconds, section.noise),
+            nets=section.nets, progress=self.progress.update, note=self.progress.note,
+            partial=partial_of(cached_path(self.space, self.device)), resume=True,
         )  # fmt: skip
 
     @cached_property
@@ -202,7 +205,7 @@ class Job:
     def errors(self, table: LatencyTable) -> dict[str, FitError]:
         """Errors of the tables by the cost that they price."""
         elsewhere = {
-            on_device(cost, name): other.errors[cost] for name, other in self.others.items() for cost in LATENCIES
+            on_device(cost, name): other.error(cost) for name, other in self.others.items() for cost in LATENCIES
         }
         return {**table.errors, **elsewhere}
 
@@ -247,8 +250,8 @@ class Job:
                 if not cached.exists():
                     self.progress.stage("timing the teacher")
                     models = {"teacher": teacher.onnx}
-                    timing = measure_models(models, self.device, TEACHER_SECONDS, self.progress.update)
-                    write_json(cached, timing["teacher"].__dict__)
+                    session = measure_models(models, self.device, TEACHER_SECONDS, self.progress.update)
+                    write_json(cached, session.timings["teacher"].__dict__)
             write_atomic(kept, cached.read_bytes())
 
     @property
@@ -401,11 +404,13 @@ def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress
             found = {arm: search_arm(job, arm, workers, estimator, screen, reward) for arm in arms}
             trials = {arm: trials for arm, (trials, _) in found.items()}
             chosen = entrants(job, trials, estimator, screen)
-            finalists, timings = measure_finalists(job, chosen, workers, reward, limits)
+            finalists, session = measure_finalists(job, chosen, workers, reward, limits, table)
         winner = choose(finalists, job.warn)
+        refinement = close_loop(job, table, finalists, session)
         outcome = Outcome(
-            trials, found["search"][1], chosen, finalists, timings, winner, time.monotonic() - start, job.warnings
-        )
+            trials, found["search"][1], chosen, finalists, session.timings, refinement, winner,
+            time.monotonic() - start, job.warnings,
+        )  # fmt: skip
         return deliver(job, student, teacher, table, limits, reward, outcome)
 
 
@@ -425,7 +430,45 @@ def teacher_costs(run: Path) -> dict[str, float]:
 
 def screening(limits: tuple[Limit, ...], errors: Mapping[str, FitError]) -> tuple[Limit, ...]:
     """The budgets for predictions: tighter by the tables' own errors, so that measurements meet the real ones."""
-    return tuple(Limit(limit.cost, limit.limit * (1 - min(0.2, errors[limit.cost].mape))) for limit in limits)
+    return tuple(Limit(limit.cost, limit.limit * (1 - _margin(errors, limit.cost))) for limit in limits)
+
+
+def _margin(errors: Mapping[str, FitError], cost: str) -> float:
+    """An imported table claims no error."""
+    return min(0.2, errors[cost].mape) if cost in errors else 0.0
+
+
+def close_loop(job: Job, table: LatencyTable, finalists: Sequence[Finalist], session: Session) -> Refinement:
+    """Compare the table with what was measured in the end, correct it, and keep the corrected one for later searches.
+
+    The run's own ``table.json`` stays as it is: it is what this search's prices were.
+    """
+    parts = job.space.keys()
+    whole = [
+        Measured(f.entrant.name, tuple(job.space.parts(job.space.decode(f.entrant.genome))), f.timing, f.size_bytes)
+        for f in finalists
+    ]
+    result = refined(table, parts, whole, session.entries, session.yardstick_ms)
+    result.table.save(job.run / "table-refined.json")
+    cached = cached_path(job.space, job.device)
+    with cache_lock(cached):
+        if cached.exists() and _same(cached, table):
+            result.table.save(cached)
+    if result.exceeded:
+        job.warn(
+            f"the latency table was {100 * result.before.mape:.1f} % off on the finalists, on average: more than the "
+            f"{100 * result.claim:.1f} % that it claims and the {100 * result.noise:.1f} % of noise; corrected by them "
+            f"it is {100 * result.after.mape:.1f} % off"
+        )
+    return result
+
+
+def _same(path: Path, table: LatencyTable) -> bool:
+    """Whether a file still is the table that this search began with: another search may have corrected it meanwhile."""
+    try:
+        return LatencyTable.load(path).sha256 == table.sha256
+    except TableError:
+        return False
 
 
 def choose(finalists: list[Finalist], warn: Any) -> Finalist:
@@ -447,16 +490,3 @@ def choose(finalists: list[Finalist], warn: Any) -> Finalist:
 def _budget_text(limits: tuple[Limit, ...], share: float) -> str:
     wanted = ", ".join(f"{limit.cost} ≤ {limit.limit:.4g}" for limit in limits) or "none"
     return f"budget {wanted}; {100 * share:.1f} % of the space meets it by prediction"
-
-
-def build_only(experiment: Experiment, out: Path | None, progress: Progress) -> Path:
-    """Profile the experiment's space on its device, now; returns the table's file."""
-    torch.set_num_threads(1)
-    job = Job(experiment, Path("."), progress)
-    path = out or cached_path(job.space, job.device)
-    progress.stage("latency table")
-    with job.executor(job.untaught) as workers:
-        table = job.build(workers)
-    table.save(path)
-    progress.note(describe(table))
-    return path

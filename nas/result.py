@@ -236,7 +236,11 @@ def _summary(
         "elsewhere": _elsewhere(job, outcome.winner),
         "table": {
             "name": table.name, "device": table.device["name"], "entries": len(table.entries), "sha256": table.sha256,
-            "noise": table.noise, "error": asdict(table.errors["latency_ms"]), "nets": table.nets,
+            "noise": table.noise, "error": asdict(table.errors["latency_ms"]),
+            "nets": [
+                {key: getattr(n, key) for key in ("predicted_ms", "measured_ms", "plain_sum_ms")} for n in table.nets
+            ],
+            "finalists": outcome.refinement.as_dict(),
         },
         "rank_correlation": rank_correlation(outcome),
         "screened": {

@@ -29,7 +29,10 @@ from nas.content import available, load_space, load_space_class
 from nas.errors import CompressionError
 from nas.evaluators import evaluators
 from nas.experiment import Experiment, LookupExperiment, OpenSection, load_any
+from nas.latency import LatencyTable
+from nas.latency.importers import importers
 from nas.latency.runtimes import runtimes
+from nas.latency.schema import table_schema
 from nas.registry import Registry
 from nas.reward import rewards
 from nas.settings import construct
@@ -89,8 +92,9 @@ def test_shell_blocks_use_commands_that_exist(page: Path) -> None:
 
 @every_page
 def test_nas_commands_parse_and_their_overrides_are_valid(page: Path) -> None:
-    inline = re.findall(r"`(nas (?:search|sweep|profile|front|report|list)\b[^`…]*)`", page.read_text())
-    bare = ("nas search", "nas sweep", "nas profile", "nas front", "nas report")
+    inline = re.findall(r"`(nas (?:search|sweep|profile|tables|front|report|list)\b[^`…]*)`", page.read_text())
+    bare = ("nas search", "nas sweep", "nas profile", "nas tables", "nas front", "nas report")
+    bare += tuple(f"nas tables {action}" for action in ("show", "validate", "compare", "import"))
     known = [shlex.split(line) for line in inline if line not in bare]
     for program, *arguments in [*commands(page), *known]:
         if program == "nas":
@@ -305,7 +309,7 @@ def test_every_field_of_a_sweeps_result_is_documented() -> None:
     assert written_keys("plain", "sweep/spec.py", "Parameter") - named == set()
 
 
-# ---- docs/run-folder.md and latency_tables/README.md ---------------------------------------------------
+# ---- docs/run-folder.md, docs/latency-tables.md, latency_tables/README.md ------------------------------
 
 
 def written_keys(function: str, module: str = "result.py", owner: str = "") -> set[str]:
@@ -337,12 +341,30 @@ def test_every_file_of_the_student_folder_is_documented() -> None:
 
 
 def test_every_field_of_a_table_is_documented() -> None:
-    text = (ROOT / "latency_tables" / "README.md").read_text()
+    text = (ROOT / "docs" / "latency-tables.md").read_text()
+    schema = table_schema()
+    objects = [schema, *schema["$defs"].values()]
+    names = {name for one in objects for name in one.get("properties", {})}
     space = load_space_class("mobilenet")(TaskInfo((1, 8, 8), 10), widths=[[16]], depths=[[1]], strides=[1])  # type: ignore[call-arg]
-    content = json.loads(json.dumps(testing.synthetic_table(space)._content()))
-    entry, fit, error = (next(iter(content[key].values())) for key in ("entries", "fits", "errors"))
-    for name in [*content, "sha256", *content["device"], *entry, *fit, *error, *content["nets"][0], *content["fits"]]:
-        assert f"`{name}`" in text, name
+    content = testing.synthetic_table(space)._content()
+    assert {*content, *content["device"], *content["fits"]["latency_ms"]} <= names
+    assert [name for name in sorted({*names, *content["fits"]}) if f"`{name}`" not in text] == []
+
+
+def test_every_bundled_table_loads_and_others_figures_say_whose_they_are() -> None:
+    text = (ROOT / "latency_tables" / "README.md").read_text()
+    for path in available("latency_tables").values():
+        table = LatencyTable.load(path)
+        if table.origin:
+            assert f"`{path.name}`" in text
+            assert table.origin["licence"] in ("MIT", "Apache-2.0", "CC-BY-4.0", "CC0-1.0")
+
+
+def test_every_importer_and_action_is_documented() -> None:
+    text = (ROOT / "docs" / "latency-tables.md").read_text()
+    assert [name for name in importers if f"| `{name}` |" not in text] == []
+    actions = ("list", "show", "validate", "compare", "import")
+    assert [action for action in actions if f"nas tables {action}" not in text] == []
 
 
 def test_figures_are_measured_again_by_the_snippet(

@@ -293,3 +293,23 @@ def test_a_mistake_is_one_clear_message(
     assert named in done.stderr
     assert "error" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"name": "resnet", "resolutions": [8], "stem": [8, 1], "widths": [[8, 16], [16, 24]], "depths": [[1], [1, 2]],
+         "strides": [1, 2]},
+        {"name": "vit", "resolutions": [8], "patches": [2, 4], "widths": [16, 32], "depths": [[1, 2]], "head_dim": 8},
+    ],
+    ids=lambda space: str(space["name"]),
+)  # fmt: skip
+def test_other_families_are_searched(space: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(json.dumps({**SMALL, "space": space, "search": {"trials": 6, "batch": 3}}))
+    done = cli("search", "small.yaml", "--out", "run", cwd=tmp_path, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    table = LatencyTable.load(tmp_path / "run" / "table.json")
+    assert any(kind in entry.fused for entry in table.entries.values() for kind in ("QLinearConv", "QGemm"))
+    program = [sys.executable, tmp_path / "run" / "student" / "predict.py", "--selftest"]
+    assert subprocess.run(program, cwd=tmp_path, capture_output=True, timeout=120).returncode == 0

@@ -26,7 +26,7 @@ def test_price_equals_the_slow_sum() -> None:
 
 
 def test_price_by_hand() -> None:
-    """c + Σ over the parts of count · (s_g · value + f_g), from the definition alone."""
+    """c + Σ over the parts of count · (s_g · value + f_g + t_g · traffic + m_g · MACs), from the definition alone."""
     space = TinySpace()
     table = synthetic_table(space, 4)
     estimator = AdditiveEstimator(space, table)
@@ -41,7 +41,9 @@ def test_price_by_hand() -> None:
             value = {"latency_ms": entry.value, "latency_p95_ms": entry.timing.p95}.get(
                 cost, part.weight_bytes / part.count
             )
-            total += part.count * (fit.scale[group] * value + fit.per_part[group])
+            borders = fit.per_traffic[group] * part.traffic / 1e6 + fit.per_gmac[group] * part.macs / part.count / 1e9
+            borders += fit.per_weight_mb[group] * part.weight_bytes / part.count / 1e6
+            total += part.count * (fit.scale[group] * value + fit.per_part[group] + borders)
         assert estimator.price(genome)[0, column] == pytest.approx(total, rel=1e-12)
     assert estimator.price(genome)[0, 3:].tolist() == [sum(p.macs for p in parts), sum(p.params for p in parts)]
 

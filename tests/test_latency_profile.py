@@ -11,7 +11,10 @@ from helpers import TinySpace
 
 from nas.compression import apply_passes
 from nas.latency import AdditiveEstimator, Device, LatencyTable
-from nas.latency.profile import YARDSTICK, CalibrationNet, calibration_genomes, describe, profile
+from nas.latency.check import problems, read
+from nas.latency.plan import YARDSTICK, CalibrationNet, calibration_genomes
+from nas.latency.profile import Effort, describe, profile
+from nas.latency.schema import violations
 from nas.student.export import to_onnx
 
 NETS = 10
@@ -32,7 +35,7 @@ def nets() -> list[CalibrationNet]:
 
 @pytest.fixture(scope="module")
 def table(nets: list[CalibrationNet]) -> LatencyTable:
-    return profile(TinySpace(), nets, Device.local(), seconds=1.0, seed=3)
+    return profile(TinySpace(), nets, Device.local(), Effort(1.0, seed=3))
 
 
 def test_calibration_genomes_spread_over_the_macs() -> None:
@@ -71,13 +74,16 @@ def test_provenance(table: LatencyTable, tmp_path: Path) -> None:
     assert set(table.fits) == set(table.errors) == {"latency_ms", "latency_p95_ms", "size_bytes"}
     assert table.noise >= 0
     for net in table.nets:
-        assert min(net["measured_ms"], net["plain_sum_ms"]) > 0
+        assert min(net.measured_ms, net.plain_sum_ms, net.p95_ms, net.size_bytes) > 0
     text = describe(table)
     assert table.name in text
     assert f"{len(table.entries)} parts" in text
     assert "noise floor" in text
     table.save(tmp_path / "table.json")
     assert LatencyTable.load(tmp_path / "table.json") == table
+    raw = read(tmp_path / "table.json")
+    assert list(violations(raw)) == []
+    assert problems(raw) == []
 
 
 def test_sizes_are_predicted_exactly_enough(table: LatencyTable, nets: list[CalibrationNet]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from helpers import TinySpace
 
 from nas.errors import TableError
 from nas.files import digest
-from nas.latency import LatencyTable
+from nas.latency import AdditiveEstimator, LatencyTable
+from nas.latency.profile import describe
 from nas.testing import synthetic_table
 
 
@@ -62,35 +64,48 @@ def first_entry(raw: dict[str, Any]) -> dict[str, Any]:
         ("the device", lambda raw: raw["device"].update(threads=4)),
         ("a part", lambda raw: raw["entries"].pop(next(iter(raw["entries"])))),
         ("the date", lambda raw: raw.update(date="2001-01-01")),
-        ("the digest", lambda raw: raw.pop("sha256")),
+        ("the digest", lambda raw: raw.update(sha256="0" * 64)),
     ],
 )
 def test_edited_files_are_refused(path: Path, what: str, change: Callable[[dict[str, Any]], Any]) -> None:
     with pytest.raises(TableError, match="does not match its own sha256: it was edited or cut") as caught:
         LatencyTable.load(rewritten(path, change, sign=False))
-    assert "nas profile" in caught.value.remedy
+    assert "nas profile --space tiny --device local" in caught.value.remedy
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 0.0])
 @pytest.mark.parametrize("field", ["p50", "p95", "mean", "value"])
 def test_times_that_are_no_times_are_refused(path: Path, field: str, value: float) -> None:
-    with pytest.raises(TableError, match="not finite and positive"):
+    with pytest.raises(TableError, match=rf"entries\[.*\].{field} is {value}, not (finite|above 0)"):
         LatencyTable.load(rewritten(path, lambda raw: first_entry(raw).update({field: value}), sign=True))
 
 
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        ("schema 1 in milliseconds", lambda raw: raw.update(unit="s")),
-        ("schema 1 in milliseconds", lambda raw: raw.update(schema_version=2)),
-        ("schema 1 in milliseconds", lambda raw: raw.pop("unit")),
-        ("'device'", lambda raw: raw.pop("device")),
-        ("'p95'", lambda raw: first_entry(raw).pop("p95")),
-        ("garbles", lambda raw: first_entry(raw).update(value="fast")),
-        ("garbles", lambda raw: raw["errors"]["latency_ms"].update(extra=1)),
-        ("garbles", lambda raw: raw.update(entries=list(raw["entries"]))),
-        ("garbles|sha256", lambda raw: raw["fits"]["latency_ms"].update(per_net=math.nan)),
-        ("garbles|sha256", lambda raw: raw.update(noise=math.nan)),
+        ("is in 's', where every time has to be in milliseconds", lambda raw: raw.update(unit="s")),
+        ("is in None, where", lambda raw: raw.pop("unit")),
+        ("is a table of schema version 3, where this program reads 2", lambda raw: raw.update(schema_version=3)),
+        ("is a table of schema version None", lambda raw: raw.pop("schema_version")),
+        ("the table lacks 'device'", lambda raw: raw.pop("device")),
+        ("lacks 'p95'", lambda raw: first_entry(raw).pop("p95")),
+        ("value is 'fast', not a number", lambda raw: first_entry(raw).update(value="fast")),
+        ("has the unknown field 'extra'", lambda raw: raw["errors"]["latency_ms"].update(extra=1)),
+        ("entries is .*, not an object", lambda raw: raw.update(entries=list(raw["entries"]))),
+        ("per_net is nan, not finite", lambda raw: raw["fits"]["latency_ms"].update(per_net=math.nan)),
+        ("noise is nan", lambda raw: raw.update(noise=math.nan)),
+        ("scale has 2 numbers", lambda raw: raw["fits"]["latency_ms"].update(scale=[1.0, 1.0])),
+        ("errors has 'latency_ms', for which", lambda raw: raw["fits"].pop("latency_ms")),
+        ("device lacks threads, and origin", lambda raw: raw["device"].pop("threads")),
+        ("above its 95th percentile", lambda raw: first_entry(raw).update(p95=first_entry(raw)["p50"] / 2)),
+        (
+            r"value \S+ is 1000 times its own p50 of \S+ ms, so the units are mixed",
+            lambda raw: first_entry(raw).update(value=1000 * first_entry(raw)["p50"]),
+        ),
+        (
+            r"nets\[0\] takes 0.1 ms, the sum of its parts is \S+ ms, so the units are mixed",
+            lambda raw: raw["nets"][0].update(parts={next(iter(raw["entries"])): 100_000}),
+        ),
     ],
 )
 def test_wrong_units_schemas_and_fields_are_refused(
@@ -119,6 +134,55 @@ def test_what_is_no_table_is_refused(tmp_path: Path, data: bytes) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="There is no table"):
         LatencyTable.load(tmp_path / "absent.json")
+
+
+def test_a_table_of_version_1_says_how_to_rebuild_it(path: Path) -> None:
+    """What the first release wrote: no origin, no interpolation, nets without parts, entries without uncertainty."""
+
+    def older(raw: dict[str, Any]) -> None:
+        raw["schema_version"] = 1
+        for name in ("interpolation", "energy", "origin"):
+            del raw[name]
+        for entry in raw["entries"].values():
+            del entry["measured"], entry["uncertainty"], entry["energy_mj"]
+
+    with pytest.raises(TableError, match="is a table of schema version 1, where this program reads 2") as caught:
+        LatencyTable.load(rewritten(path, older, sign=True))
+    assert "nas profile --space tiny --device local" in caught.value.remedy
+
+
+def test_keys_that_stand_twice_are_refused(path: Path) -> None:
+    text = path.read_text()
+    key = next(iter(json.loads(text)["entries"]))
+    path.write_text(text.replace(f'"{key}": {{', f'"{key}": {{}}, "{key}": {{', 1))
+    with pytest.raises(TableError, match="has 1 key twice in one object, the first") as caught:
+        LatencyTable.load(path)
+    assert repr(key) in caught.value.found
+
+
+def test_the_number_of_further_problems_is_said(path: Path) -> None:
+    def spoil(raw: dict[str, Any]) -> None:
+        first_entry(raw).update(p50=-1.0, value=0.0)
+
+    with pytest.raises(TableError, match=r"\(and 1 more: `nas tables validate` lists them\)"):
+        LatencyTable.load(rewritten(path, spoil, sign=True))
+
+
+def test_a_table_for_another_space_says_so(table: LatencyTable) -> None:
+    other = replace(table, space="other")
+    with pytest.raises(TableError, match="It was built for space 'other', not 'tiny'") as caught:
+        AdditiveEstimator(TinySpace(), replace(other, entries={}))
+    assert "nas profile --space tiny" in caught.value.remedy
+
+
+def test_imported_tables_need_not_know_their_device(table: LatencyTable, tmp_path: Path) -> None:
+    imported = replace(table, device={"name": "phone"}, origin={"source": "x", "licence": "MIT"}, errors={}, nets=[])
+    imported.save(tmp_path / "phone.json")
+    assert LatencyTable.load(tmp_path / "phone.json") == imported
+    assert "not compared with whole nets" in describe(imported)
+    with pytest.raises(TableError, match="has no error for latency_ms: its sums were never compared"):
+        imported.error("latency_ms")
+    assert table.error("latency_ms") == table.errors["latency_ms"]
 
 
 def test_a_missing_part_names_the_nearest(table: LatencyTable) -> None:

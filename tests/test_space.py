@@ -78,6 +78,36 @@ def test_bundled_space_pickles(name: str, bundled: dict[str, SearchSpace]) -> No
     assert twin.parts(twin.decode(genome)) == space.parts(space.decode(genome))
 
 
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_spaces_say_what_is_not_compressed(name: str, bundled: dict[str, SearchSpace]) -> None:
+    """Every choice of bits and pruning has a plain value, no other has; the ladder is plain throughout."""
+    plain = {choice.name: choice.plain for choice in bundled[name].choices if choice.plain is not None}
+    bits_and_pruning = {c.name for c in bundled[name].choices if c.name.endswith((".bits", ".prune"))}
+    assert set(plain) == bits_and_pruning
+    for member in bundled[name].ladder():
+        assert {gene: member[gene] for gene in plain} == plain
+    options = {"bits": [8], "prune": [0.5]}
+    assert all(choice.plain is None for choice in content.load_space(name, IMAGES, options).choices)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet", {"stem": [12, 1]}, "Widths \\[12\\] are no multiples of 8"),
+        ("resnet", {"stem": [16, 1, 4]}, "an odd kernel"),
+        ("resnet", {"strides": [1]}, "3 widths, 3 depths, 1 strides"),
+        ("resnet", {"bits": [4]}, "Bits \\[4\\]"),
+        ("vit", {"resolutions": [9]}, "Resolution 9 is no multiple of patch 2"),
+        ("vit", {"depths": [[0, 1]]}, "one layer in each"),
+        ("vit", {"head_dim": 12}, "Widths \\[12\\] are no multiples of 8"),
+        ("vit", {"bits": [16]}, "Bits \\[16\\]"),
+    ],
+)
+def test_impossible_options(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        content.load_space(name, IMAGES, options)
+
+
 # ---- genomes -----------------------------------------------------------------------------------------
 
 

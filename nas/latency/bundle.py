@@ -38,8 +38,9 @@ CODE = {
 SCENARIO: dict[str, Any] = {
     "threads": 1, "batch": 1, "provider": "", "graph": "",
     "seconds": 60.0, "max_rounds": 200, "calls": 5, "target_noise": 0.0, "watch": [], "seed": 0,
-    "energy": [], "energy_seconds": 1.0,
+    "energy": [], "energy_seconds": 1.0, "parts": [],
 }  # fmt: skip
+NAMING = ("watch", "energy", "parts")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def write_bundle(
         folder: must not exist, or be empty.
         models: name → model; a symbolic batch dimension becomes the scenario's batch.
         yardstick: the fixed kernel beside which everything is timed.
-        scenario: of :data:`SCENARIO`; ``watch`` and ``energy`` name models.
+        scenario: of :data:`SCENARIO`; ``watch``, ``energy`` and ``parts`` name models. Parts are pieces of networks:
+            their inputs and outputs stay in memory that is there already.
         facts: JSON that comes back with the measurements, untouched.
 
     Raises:
@@ -145,9 +147,9 @@ def _scenario(given: Mapping[str, Any], models: Mapping[str, Any]) -> dict[str, 
     if unknown := sorted(set(given) - set(SCENARIO)):
         raise TableError(f"A bundle's scenario has no {', '.join(unknown)}.", expected=f"of {', '.join(SCENARIO)}")
     scenario = {**SCENARIO, **given}
-    if missing := [name for key in ("watch", "energy") for name in scenario[key] if name not in models]:
+    if missing := [name for key in NAMING for name in scenario[key] if name not in models]:
         raise TableError(f"The scenario names {missing[0]!r}, which is none of the bundle's models.")
-    return {**scenario, "watch": list(scenario["watch"]), "energy": list(scenario["energy"])}
+    return {**scenario, **{key: list(scenario[key]) for key in NAMING}}
 
 
 def _write_model(folder: Path, name: str, model: onnx.ModelProto) -> dict[str, str]:

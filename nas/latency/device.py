@@ -86,10 +86,11 @@ class Device:
         words = [self.accelerator or self.cpu, self.runtime, provider, self.graph, f"t{self.threads}", batch]
         return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
 
-    def load(self, model: onnx.ModelProto) -> Runner:
-        """``model``, ready to run in this device's scenario."""
+    def load(self, model: onnx.ModelProto, *, part: bool = False) -> Runner:
+        """``model``, a whole network or a part of one, ready to run in this device's scenario."""
         runtime = runtimes.get(self.runtime)(self.provider, self.graph)
-        return runtime.load(model, threads=self.threads, batch=self.batch)
+        load = runtime.load_part if part else runtime.load
+        return load(model, threads=self.threads, batch=self.batch)
 
     def energy_meter(self) -> Meter | Absent:
         """What counts this device's joules on this machine, or why nothing does."""

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from nas.latency.fit import LinearFit
 from nas.latency.table import LatencyTable
 from nas.parts import Part
 from nas.space import Candidate, Genomes, SearchSpace
@@ -43,7 +44,7 @@ class AdditiveEstimator:
         self.space, self.table, self.costs = space, table, costs
         keys = space.keys()
         if missing := table.missing(list(keys)):
-            raise table.lacks(missing, len(keys))
+            raise table.lacks(missing, len(keys), space.name)
         self._sites = [
             (site.genes, site.strides, np.array([self._value(parts) for parts in site.values]))
             for site in space.compiled
@@ -81,7 +82,7 @@ class AdditiveEstimator:
             return float(part.macs)
         if cost == "params":
             return float(part.params)
-        fit = self.table.fits[cost]
+        fit = self.table.fits.get(cost, LinearFit())
         return part.count * fit.part(part_value(self.table, part, cost), part)
 
     def _per_net(self, cost: str) -> float:

@@ -1,8 +1,10 @@
 """From sums of parts to whole nets: a linear correction fitted on measured networks, by precision.
 
-``net ≈ c + Σ_g (s_g · Σ part_ms + f_g · number of parts)`` over the precision groups g. The scale absorbs what
-fusion and caches save, the per-part term the fixed cost of calling a part on its own, c that of a call. Ridge
-regression on relative errors, shrunk towards the plain sum (s = 1, f = 0, c = 0), keeps it stable on 20-30 nets.
+``net ≈ c + Σ_g Σ_parts (s_g · part_ms + f_g + t_g · elements in and out + m_g · MACs + w_g · bytes of weights)`` over
+the precision groups g. The scale absorbs what caches save, f the fixed cost of calling a part on its own, t what a part
+on its own pays at its borders (changes of memory layout, outputs written out), m what long arithmetic costs within a
+net, w that a part alone finds its weights in the cache and a part of a net does not, c the cost of a call.
+Ridge regression on relative errors, shrunk towards the plain sum (s = 1, all others 0), keeps it stable on 20-30 nets.
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ import numpy.typing as npt
 from nas.parts import PRECISIONS, Part
 
 Array = npt.NDArray[np.float64]
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+GROUPS = len(PRECISIONS)
+ZEROS = (0.0,) * GROUPS
+TERMS = 5  # of every group: own cost, parts, millions of elements, billions of MACs, megabytes of weights
+#: Sets of terms, from the plainest: which of them predicts unseen nets best is found by leaving nets out.
+PLAIN = (0, 1)
+SETS = (PLAIN, (0, 1, 2), (0, 1, 4), (0, 1, 2, 3), (0, 1, 2, 4), (0, 1, 2, 3, 4))
+ADVANTAGE = 0.98  # a richer set has to be at least this much better, or chance chooses it
 
 
 @dataclass(frozen=True)
@@ -33,47 +42,117 @@ class FitError:
 
 @dataclass(frozen=True)
 class LinearFit:
-    """Coefficients by precision group, in the order of :data:`nas.parts.PRECISIONS`."""
+    """Coefficients by precision group, in the order of :data:`nas.parts.PRECISIONS`.
 
-    scale: tuple[float, ...] = (1.0,) * len(PRECISIONS)
-    per_part: tuple[float, ...] = (0.0,) * len(PRECISIONS)
+    Attributes:
+        scale: of a part's own cost.
+        per_part: for each part.
+        per_traffic: for a million elements that parts read from and hand to their neighbours.
+        per_gmac: for a billion multiply-accumulates.
+        per_weight_mb: for a million bytes of weights.
+        per_net: once.
+    """
+
+    scale: tuple[float, ...] = (1.0,) * GROUPS
+    per_part: tuple[float, ...] = ZEROS
+    per_traffic: tuple[float, ...] = ZEROS
+    per_gmac: tuple[float, ...] = ZEROS
+    per_weight_mb: tuple[float, ...] = ZEROS
     per_net: float = 0.0
 
     def part(self, value: float, part: Part) -> float:
         """Contribution of one copy of ``part`` whose own cost is ``value``."""
         group = PRECISIONS.index(part.precision)
-        return self.scale[group] * value + self.per_part[group]
+        terms = zip(self._coefficients(group), _terms(value, part), strict=True)
+        return sum(coefficient * term for coefficient, term in terms)
+
+    def net(self, parts: Iterable[tuple[Part, float]]) -> float:
+        """Cost of a whole net from its parts and the cost of one copy of each."""
+        return self.per_net + sum(part.count * self.part(value, part) for part, value in parts)
+
+    def _coefficients(self, group: int) -> tuple[float, ...]:
+        return tuple(getattr(self, name)[group] for name in _NAMES)
+
+    def scaled(self, factor: float) -> LinearFit:
+        """The fit of costs that are ``factor`` times as large."""
+        times = {name: tuple(factor * v for v in getattr(self, name)) for name in _NAMES}
+        return LinearFit(**times, per_net=factor * self.per_net)
+
+    def predict(self, x: Array) -> Array:
+        """Costs ``[nets]`` of the rows of :func:`features`, which may have other groups than precisions."""
+        theta = np.empty(TERMS * len(self.scale) + 1)
+        for i, name in enumerate(_NAMES):
+            theta[i:-1:TERMS] = getattr(self, name)
+        theta[-1] = self.per_net
+        return np.asarray(x @ theta)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain form for the table file."""
         return asdict(self)
 
 
+_NAMES = ("scale", "per_part", "per_traffic", "per_gmac", "per_weight_mb")
+
+
+def _terms(value: float, part: Part) -> tuple[float, float, float, float, float]:
+    return value, 1.0, part.traffic / 1e6, part.macs / part.count / 1e9, part.weight_bytes / part.count / 1e6
+
+
 def features(nets: Iterable[Sequence[tuple[Part, float]]]) -> Array:
-    """One row a net: sums by group, part counts by group, 1."""
+    """One row a net, ``[nets, 5 · groups + 1]``: the terms of all parts summed by group, then 1."""
     rows = []
     for net in nets:
-        row = np.zeros(2 * len(PRECISIONS) + 1)
+        row = np.zeros(TERMS * GROUPS + 1)
         for part, value in net:
-            group = PRECISIONS.index(part.precision)
-            row[group] += value * part.count
-            row[len(PRECISIONS) + group] += part.count
+            start = TERMS * PRECISIONS.index(part.precision)
+            row[start : start + TERMS] += part.count * np.array(_terms(value, part))
         row[-1] = 1.0
         rows.append(row)
     return np.array(rows)
 
 
-def fit(x: Array, y: Array) -> tuple[LinearFit, FitError, Array]:
-    """Fit measured ``y [nets]`` on :func:`features` ``x``; the strength of the ridge is chosen by leave-one-out.
+def plain_sums(x: Array) -> Array:
+    """Sums of the parts' own costs ``[nets]`` of :func:`features` ``x``."""
+    return np.asarray(x[:, 0:-1:TERMS].sum(axis=1))
+
+
+def fit(
+    x: Array, y: Array, sets: Sequence[tuple[int, ...]] = SETS
+) -> tuple[LinearFit, FitError, Array]:
+    """Fit measured ``y [nets]`` on :func:`features` ``x``; terms and strength are chosen by leaving nets out.
+
+    Args:
+        x: rows of 5 terms a group, then 1; the groups need not be precisions, and the fit has as many as ``x``.
+        sets: sets of terms that may be used, from the plainest; a later one has to be clearly better.
 
     Returns the fit, its leave-one-out error, and the leave-one-out predictions.
     """
-    best = min(STRENGTHS, key=lambda strength: _mape(_leave_one_out(x, y, strength), y))
-    held_out = _leave_one_out(x, y, best)
-    groups = len(PRECISIONS)
-    theta = _solve(x, y, best)
-    result = LinearFit(tuple(theta[:groups].tolist()), tuple(theta[groups:-1].tolist()), float(theta[-1]))
-    return result, error(held_out, y), held_out
+    trials = [_held_out(x, y, terms, strength) for terms in sets for strength in STRENGTHS]
+    best = trials[0]
+    for trial in trials[1:]:
+        if trial.mape < best.mape * (1 if trial.terms == best.terms else ADVANTAGE):
+            best = trial
+    columns = _columns(best.terms, x.shape[1])
+    theta = np.zeros(x.shape[1])
+    theta[columns] = _solve(x[:, columns], y, best.strength, _prior(columns, x.shape[1]))
+    by_term = {name: tuple(theta[i:-1:TERMS].tolist()) for i, name in enumerate(_NAMES)}
+    return LinearFit(**by_term, per_net=float(theta[-1])), error(best.predicted, y), best.predicted
+
+
+@dataclass(frozen=True)
+class _Trial:
+    terms: tuple[int, ...]
+    strength: float
+    predicted: Array  # every net by a fit that did not see it
+    mape: float
+
+
+def _held_out(x: Array, y: Array, terms: tuple[int, ...], strength: float) -> _Trial:
+    columns = _columns(terms, x.shape[1])
+    used, prior = x[:, columns], _prior(columns, x.shape[1])
+    keep = ~np.eye(len(y), dtype=bool)
+    predicted = np.array([used[i] @ _solve(used[keep[i]], y[keep[i]], strength, prior) for i in range(len(y))])
+    return _Trial(terms, strength, predicted, float(np.abs(predicted / y - 1).mean()))
 
 
 def error(predicted: Array, measured: Array) -> FitError:
@@ -98,10 +177,17 @@ def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def _solve(x: Array, y: Array, strength: float) -> Array:
-    groups = len(PRECISIONS)
-    prior = np.zeros(x.shape[1])
-    prior[:groups] = 1.0
+def _columns(terms: tuple[int, ...], width: int) -> npt.NDArray[np.intp]:
+    """Columns of the terms in all groups, and that of the net, of rows of ``width`` numbers."""
+    return np.array([start + term for start in range(0, width - 1, TERMS) for term in terms] + [width - 1])
+
+
+def _prior(columns: npt.NDArray[np.intp], width: int) -> Array:
+    """The plain sum: 1 for the own costs, 0 for all else."""
+    return np.asarray((columns % TERMS == 0) & (columns < width - 1), dtype=np.float64)
+
+
+def _solve(x: Array, y: Array, strength: float, prior: Array) -> Array:
     weighted = x / y[:, None]
     target = 1.0 - weighted @ prior
     # Columns in shares of a typical net, so that one strength suits milliseconds and bytes alike.
@@ -109,12 +195,3 @@ def _solve(x: Array, y: Array, strength: float) -> Array:
     scaled = weighted / size
     gram = scaled.T @ scaled + strength * len(y) * np.eye(x.shape[1])
     return np.asarray(prior + np.linalg.solve(gram, scaled.T @ target) / size)
-
-
-def _leave_one_out(x: Array, y: Array, strength: float) -> Array:
-    keep = ~np.eye(len(y), dtype=bool)
-    return np.array([x[i] @ _solve(x[keep[i]], y[keep[i]], strength) for i in range(len(y))])
-
-
-def _mape(predicted: Array, measured: Array) -> float:
-    return float(np.abs(predicted / measured - 1).mean())

@@ -20,8 +20,9 @@ if TYPE_CHECKING:  # bundles take this file along to devices that have nothing o
 
 Array = npt.NDArray[np.float64]
 Progress = Callable[[float, str], None]
-AGGREGATORS = ("median", "ratio", "min")
+AGGREGATORS = ("median", "ratio", "quartile", "min")
 MIN_ROUNDS = 6
+CHECKPOINT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class Samples:
 
     def aggregate(self, how: str, reference: float, part: slice = slice(None)) -> float:
         """One number in ms; ``reference`` is the yardstick's own median over everything."""
-        visits = np.median(np.asarray(self.calls)[part], axis=1)
+        calls = np.asarray(self.calls)[part]
+        if how == "quartile":  # the lower one: what the model takes while nothing else is in its way
+            return float(np.percentile(calls, 25))
+        visits = np.median(calls, axis=1)
         if how == "ratio":
             return float(np.median(visits / np.asarray(self.yardstick)[part]) * reference)
         return float(visits.min() if how == "min" else np.median(visits))
@@ -83,6 +87,16 @@ class Measurement:
         """Aggregated ms of several models."""
         return np.array([self.samples[name].aggregate(how, self.reference, part) for name in names])
 
+    def level(self, names: Sequence[str], how: str) -> float:
+        """What aggregated values have to be multiplied with to be at the level of medians.
+
+        A minimum repeats best where something else runs now and then, but it says too little by what usually runs: by
+        one factor for all models, the median one of ``names``.
+        """
+        if how in ("median", "ratio"):
+            return 1.0
+        return float(np.median(self.values(names, "median") / self.values(names, how)))
+
     def disagreement(self, names: Sequence[str], how: str) -> float:
         """Mean relative difference between two interleaved halves of the rounds: the noise floor."""
         first, second = self.values(names, how, slice(0, None, 2)), self.values(names, how, slice(1, None, 2))
@@ -104,6 +118,8 @@ def interleave(
     watch: Sequence[str] = (),
     seed: int = 0,
     progress: Progress | None = None,
+    earlier: Measurement | None = None,
+    checkpoint: Callable[[Measurement], None] | None = None,
 ) -> Measurement:
     """Time all runners in random order, round after round.
 
@@ -112,33 +128,61 @@ def interleave(
         calls: timed calls a visit, after one that warms caches up.
         target_noise: stop early once the ``watch`` models repeat within this relative difference.
         progress: called with the share of time used and a message.
+        earlier: what an interrupted session saw of the same models; its rounds count.
+        checkpoint: is given what was seen so far, every half minute and when Ctrl-C ends the session; rounds that
+            were not finished are left out.
     """
-    rng = np.random.default_rng(seed)
     names = list(runners)
-    samples = {name: Samples() for name in names}
-    start = time.perf_counter()
+    seen = _begun(names, earlier)
+    start = saved = time.perf_counter()
+
+    def so_far() -> Measurement:
+        spent = time.perf_counter() - start + (earlier.seconds if earlier else 0.0)
+        for samples in seen.samples.values():
+            del samples.calls[seen.rounds :], samples.yardstick[seen.rounds :]
+        reference = float(np.median([value for s in seen.samples.values() for value in s.yardstick]))
+        return Measurement(seen.samples, reference, spent, seen.rounds)
+
     collecting = gc.isenabled()
     gc.disable()  # a collection inside a 20 µs timing would be the timing
     try:
-        rounds = 0
-        while rounds < max_rounds:
-            for i in rng.permutation(len(names)):
-                name = names[i]
-                samples[name].yardstick.append(float(np.median(_visit(yardstick, 2))))
-                samples[name].calls.append(_visit(runners[name], calls))
-            rounds += 1
+        while seen.rounds < max_rounds:
+            for i in np.random.default_rng((seed, seen.rounds)).permutation(len(names)):
+                samples = seen.samples[names[i]]
+                samples.yardstick.append(float(np.median(_visit(yardstick, 2))))
+                samples.calls.append(_visit(runners[names[i]], calls))
+            seen.rounds += 1
             spent = time.perf_counter() - start
             if progress is not None:
-                progress(min(1.0, spent / seconds), f"round {rounds}")
-            if rounds < MIN_ROUNDS:
+                progress(min(1.0, spent / max(seconds, 1e-9)), f"round {seen.rounds}")
+            if checkpoint is not None and time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                checkpoint(so_far())
+                saved = time.perf_counter()
+            if seen.rounds < MIN_ROUNDS:
                 continue
-            if spent > seconds or (target_noise and _settled(samples, watch, target_noise)):
+            if spent > seconds or (target_noise and _settled(seen.samples, watch, target_noise)):
                 break
+    except KeyboardInterrupt:
+        if checkpoint is not None and seen.rounds:
+            checkpoint(so_far())
+        raise
     finally:
         if collecting:
             gc.enable()
-    reference = float(np.median([value for s in samples.values() for value in s.yardstick]))
-    return Measurement(samples, reference, time.perf_counter() - start, rounds)
+    return so_far()
+
+
+@dataclass
+class _Begun:
+    samples: dict[str, Samples]
+    rounds: int
+
+
+def _begun(names: Sequence[str], earlier: Measurement | None) -> _Begun:
+    if earlier is None:
+        return _Begun({name: Samples() for name in names}, 0)
+    kept = {name: earlier.samples[name] for name in names}
+    return _Begun({name: Samples(list(s.calls), list(s.yardstick)) for name, s in kept.items()}, earlier.rounds)
 
 
 def _visit(runner: Runner, calls: int) -> list[float]:

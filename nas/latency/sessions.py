@@ -107,12 +107,23 @@ class Session:
         model: a serialised ONNX model, or the path of one.
         batch: what a symbolic dimension becomes.
         provider, graph: as :func:`provider_name` and :func:`graph_name` give them.
+        bound: inputs and outputs stay in memory that is there already, as they do between the parts of a network;
+            otherwise every call makes its outputs anew, which large ones feel.
 
     Raises:
         SessionError: the provider is listed but does not start (onnxruntime would go on with the CPU).
     """
 
-    def __init__(self, model: bytes | str, *, threads: int, batch: int, provider: str = "", graph: str = "") -> None:
+    def __init__(
+        self,
+        model: bytes | str,
+        *,
+        threads: int,
+        batch: int,
+        provider: str = "",
+        graph: str = "",
+        bound: bool = False,
+    ) -> None:
         name, _, index = (provider or CPU).partition(":")
         options = session_options(threads, graph)
         with tempfile.TemporaryDirectory() as folder:
@@ -141,6 +152,8 @@ class Session:
                 self._run = partial(
                     run_bound, self.session, bind(self.session, self.feed, ON_DEVICE[name], int(index or 0))
                 )
+            elif bound and name == CPU:
+                self._run = partial(self.session.run_with_iobinding, bind_here(self.session, self.feed))
             else:
                 self._run = partial(self.session.run, None, self.feed)
             self._run()
@@ -195,6 +208,16 @@ def bind(session: ort.InferenceSession, feed: dict[str, npt.NDArray[Any]], devic
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, index))
     for output in session.get_outputs():
         binding.bind_output(output.name, device, index)
+    return binding
+
+
+def bind_here(session: ort.InferenceSession, feed: dict[str, npt.NDArray[Any]]) -> Any:
+    """Inputs and outputs bound to memory of the processor's that every call uses again."""
+    binding = session.io_binding()
+    for name, array in feed.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+    for output, array in zip(session.get_outputs(), session.run(None, feed), strict=True):
+        binding.bind_ortvalue_output(output.name, ort.OrtValue.ortvalue_from_numpy(array))
     return binding
 
 

@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nas.errors import TableError
 from nas.files import digest, write_json
+from nas.latency.check import SCHEMA_VERSION, problems, read, rebuild, remedy
 from nas.latency.fit import FitError, LinearFit
+from nas.latency.keys import nearest
 from nas.latency.measure import Timing
-
-SCHEMA_VERSION = 1
-REBUILD = "build it again with `nas profile`"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One measured part: its timing, the aggregated ms that sums use, and what the runtime fused."""
+    """What one part costs.
+
+    Attributes:
+        timing: milliseconds of one call; where the part was not measured, as they are expected to be.
+        value: the aggregated ms that sums use.
+        fused: operators that the runtime really executed → how many.
+        measured: whether the part itself was; otherwise it was interpolated between parts that were.
+        uncertainty: of ``value``, relative, one standard deviation: repeatability, or that of the interpolation.
+        energy_mj: millijoules of one call; None where the machine cannot say.
+    """
 
     timing: Timing
     value: float
     fused: dict[str, int] = field(default_factory=dict)
+    measured: bool = True
+    uncertainty: float = 0.0
+    energy_mj: float | None = None
+
+
+@dataclass(frozen=True)
+class Net:
+    """A whole network that sums of parts are fitted to.
+
+    Attributes:
+        parts: part key → how many of it the network executes.
+        measured_ms, p95_ms, size_bytes: as measured.
+        predicted_ms: by a fit that did not see it.
+        plain_sum_ms: of the parts as measured one by one.
+        source: where it comes from: ``calibration``, or the finalist of a search.
+    """
+
+    parts: dict[str, int]
+    measured_ms: float
+    p95_ms: float
+    size_bytes: float
+    predicted_ms: float
+    plain_sum_ms: float
+    source: str = "calibration"
 
 
 @dataclass(frozen=True)
@@ -33,14 +63,17 @@ class LatencyTable:
 
     Attributes:
         space: name of the space that it was built for (keys of other spaces may be in it too).
-        device: as :meth:`Device.as_dict` gives it.
+        device: as :meth:`Device.as_dict` gives it; of imported tables, what is known.
         entries: part key → entry.
         fits: cost name (``latency_ms``, ``latency_p95_ms``, ``size_bytes``) → fit to whole nets.
         errors: cost name → leave-one-out error of that fit.
         noise: relative difference between two halves of the rounds on whole nets.
-        nets: predicted (leave-one-out) and measured ms of the calibration nets.
+        nets: the networks that the fits come from.
         protocol: how it was measured.
         date, nas_version: when and by what.
+        interpolation: how well parts that were held out are predicted by the others, where parts are interpolated.
+        energy: what the energy figures come from, or why there are none.
+        origin: source and licence of figures that were not measured by this framework.
     """
 
     space: str
@@ -49,10 +82,13 @@ class LatencyTable:
     fits: dict[str, LinearFit]
     errors: dict[str, FitError]
     noise: float
-    nets: list[dict[str, float]]
+    nets: list[Net]
     protocol: dict[str, Any]
     date: str
     nas_version: str
+    interpolation: dict[str, Any] = field(default_factory=dict)
+    energy: str = ""
+    origin: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -65,14 +101,36 @@ class LatencyTable:
             raise self.lacks([key], 1)
         return self.entries[key]
 
-    def lacks(self, missing: list[str], wanted: int) -> TableError:
-        """The error for parts that the table does not have."""
-        near = difflib.get_close_matches(missing[0], list(self.entries), n=1, cutoff=0.0)
+    def lacks(self, missing: list[str], wanted: int, space: str = "") -> TableError:
+        """The error for parts that the table does not have.
+
+        Args:
+            wanted: how many parts were asked for.
+            space: name of the space that asks for them.
+        """
+        near = nearest(missing[0], self.entries)
         return TableError(
             f"Table {self.name!r} lacks {len(missing)} of {wanted} parts, the first {missing[0]!r}"
-            + (f"; the nearest that it has is {near[0]!r}." if near else "."),
-            remedy=REBUILD + " for this space",
+            + (f"; the nearest that it has is {near!r}." if near else ".")
+            + (f" It was built for space {self.space!r}, not {space!r}." if space not in ("", self.space) else ""),
+            remedy="a network of blocks that its publisher measured, or another table (`nas tables list`)"
+            if self.origin
+            else rebuild(space or self.space) + ", with the settings that the space has here",
         )
+
+    def error(self, cost: str) -> FitError:
+        """How far off sums of parts are for a cost.
+
+        Raises:
+            TableError: nobody knows, because they were never compared with whole networks.
+        """
+        if cost not in self.errors:
+            raise TableError(
+                f"Table {self.name!r} has no error for {cost}: its sums were never compared with whole networks.",
+                expected="a table that was fitted to whole networks",
+                remedy=rebuild(self.space),
+            )
+        return self.errors[cost]
 
     def missing(self, keys: list[str]) -> list[str]:
         """Keys that the table lacks."""
@@ -92,10 +150,11 @@ class LatencyTable:
             "errors": {cost: asdict(error) for cost, error in self.errors.items()},
             "protocol": self.protocol,
             "fits": {cost: fit.as_dict() for cost, fit in self.fits.items()},
-            "nets": self.nets,
-            "entries": {
-                key: {**asdict(e.timing), "value": e.value, "fused": e.fused} for key, e in self.entries.items()
-            },
+            "interpolation": self.interpolation,
+            "energy": self.energy,
+            "origin": self.origin,
+            "nets": [asdict(net) for net in self.nets],
+            "entries": {key: _plain_entry(entry) for key, entry in self.entries.items()},
         }
 
     @property
@@ -113,45 +172,45 @@ class LatencyTable:
         """Read and check a table file.
 
         Raises:
-            TableError: unreadable, truncated, edited, of another schema or unit, or with values that are no times.
+            TableError: unreadable, truncated, edited, of another schema or unit, with a key twice, or with values that
+                are no times.
         """
-        try:
-            raw = json.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise TableError(f"There is no table at {path}.", remedy=REBUILD) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise TableError(f"{path} is damaged: {error}.", expected="a JSON table", remedy=REBUILD) from error
-        if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION or raw.get("unit") != "ms":
-            raise TableError(f"{path} is no table of schema {SCHEMA_VERSION} in milliseconds.", remedy=REBUILD)
-        try:
-            table = cls._parse(raw)
-            intact = raw.get("sha256") == table.sha256
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise TableError(f"{path} lacks or garbles a field: {error!r}.", remedy=REBUILD) from error
-        if not intact:
-            raise TableError(f"{path} does not match its own sha256: it was edited or cut.", remedy=REBUILD)
-        return table
+        raw = read(path)
+        wrong = [problem.text for problem in problems(raw) if problem.fatal]
+        if wrong:
+            more = f" (and {len(wrong) - 1} more: `nas tables validate` lists them)" if len(wrong) > 1 else ""
+            colon = "" if wrong[0].startswith(("is ", "does ")) else ":"
+            raise TableError(f"{path}{colon} {wrong[0]}{more}.", remedy=remedy(raw))
+        return cls._parse(raw)
 
     @classmethod
     def _parse(cls, raw: dict[str, Any]) -> LatencyTable:
-        entries = {}
-        for key, e in raw["entries"].items():
-            timing = Timing(e["p50"], e["p95"], e["mean"], e["n"], e["noise"])
-            if not all(math.isfinite(v) and v > 0 for v in (timing.p50, timing.p95, timing.mean, e["value"])):
-                raise ValueError(f"entry {key!r} holds a time that is not finite and positive")
-            entries[key] = Entry(timing, e["value"], e["fused"])
-        fits = {
-            cost: LinearFit(tuple(f["scale"]), tuple(f["per_part"]), f["per_net"]) for cost, f in raw["fits"].items()
-        }
         return cls(
             space=raw["space"],
             device=raw["device"],
-            entries=entries,
-            fits=fits,
+            entries={key: _entry(e) for key, e in raw["entries"].items()},
+            fits={cost: LinearFit(**{k: _plain_tuple(v) for k, v in f.items()}) for cost, f in raw["fits"].items()},
             errors={cost: FitError(**e) for cost, e in raw["errors"].items()},
             noise=raw["noise"],
-            nets=raw["nets"],
+            nets=[Net(**net) for net in raw["nets"]],
             protocol=raw["protocol"],
             date=raw["date"],
             nas_version=raw["nas_version"],
+            interpolation=raw["interpolation"],
+            energy=raw["energy"],
+            origin=raw["origin"],
         )
+
+
+def _plain_entry(entry: Entry) -> dict[str, Any]:
+    plain = asdict(entry)
+    return {**plain.pop("timing"), **plain}
+
+
+def _entry(e: dict[str, Any]) -> Entry:
+    timing = Timing(e["p50"], e["p95"], e["mean"], e["n"], e["noise"])
+    return Entry(timing, e["value"], e["fused"], e["measured"], e["uncertainty"], e["energy_mj"])
+
+
+def _plain_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

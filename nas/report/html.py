@@ -18,6 +18,7 @@ from nas.report.words import (
     baseline_sentences,
     budget_lines,
     limit_words,
+    loop_sentence,
     metric,
     table_sentence,
     why_sentences,
@@ -166,7 +167,9 @@ def _calibration(summary: Record, drawings: Fragments) -> Html:
         "floor: two measurements of one network differ by that much, so no prediction can do better. Below, the same "
         "points as errors of the prediction."
     )
-    return section("Can the latency table be trusted?", drawings.html(calibration(summary)), lead=[lead])
+    loop = part(part(summary, "table"), "finalists")
+    checked = [paragraphs([loop_sentence(summary)]), tables.corrections(loop)] if loop else []
+    return section("Can the latency table be trusted?", drawings.html(calibration(summary)), *checked, lead=[lead])
 
 
 def _provenance(summary: Record) -> Html:

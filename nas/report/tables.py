@@ -49,6 +49,28 @@ def _budget(item: Record) -> Html:
     return tag("span", "met", class_="good") if meets(item) else tag("span", f"over by {percent(over)}", class_="bad")
 
 
+def corrections(loop: Record) -> Html:
+    """Every finalist as it was predicted, as it was measured, and as the corrected table predicts it unseen."""
+    head = ["finalist", "measured ms", "predicted ms", "error", "corrected ms", "error"]
+    return table(head, map(_correction, records(loop, "rows")))
+
+
+def _correction(item: Record) -> list[object]:
+    measured, before, after = (number(item, key) for key in ("measured_ms", "before_ms", "after_ms"))
+    return [
+        text(item.get("name")),
+        milliseconds(measured),
+        milliseconds(before),
+        _off(before, measured),
+        milliseconds(after),
+        _off(after, measured),
+    ]
+
+
+def _off(predicted: float | None, measured: float | None) -> str:
+    return UNKNOWN if predicted is None or not measured else f"{100 * (predicted / measured - 1):+.1f} %"
+
+
 def choices(candidate: Mapping[str, Any]) -> Html:
     """A candidate for people: choices named ``place.what`` as a grid of places and whats, the others as a list."""
     whole = [(key, value) for key, value in candidate.items() if "." not in key]

@@ -89,6 +89,23 @@ def table_sentence(summary: Record) -> str:
     return f"Latency table {table.get('name') or 'without a name'}{f' ({where})' if where else ''}: {tail}"
 
 
+def loop_sentence(summary: Record) -> str:
+    """How far the table was off on what was measured in the end, and how far it is now; "" where nothing was."""
+    loop = part(part(summary, "table"), "finalists")
+    before, after = number(part(loop, "before"), "mape"), number(part(loop, "after"), "mape")
+    if before is None:
+        return ""
+    claim, noise = percent(number(loop, "claim")), percent(number(loop, "noise"))
+    verdict = "more than" if loop.get("exceeded") else "within"
+    said = (
+        f"The finalists, measured end to end, were predicted {percent(before)} off on average: {verdict} what the "
+        f"table claims ({claim}) and their own noise ({noise}). Corrected by the other finalists, the table is "
+        f"{percent(after)} off."
+    )
+    new = number(loop, "newly_measured")
+    return said + (f" {new:.0f} of their parts had only been interpolated and were measured with them." if new else "")
+
+
 def _entries(entries: float | None) -> str:
     return "" if entries is None else f"{entries:.0f} entries"
 

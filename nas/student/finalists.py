@@ -18,8 +18,10 @@ from nas.executors import Executor
 from nas.files import write_atomic, write_json
 from nas.latency import Device, elsewhere
 from nas.latency.measure import Progress, Timing, interleave
-from nas.latency.profile import load_yardstick
+from nas.latency.plan import load_yardstick
+from nas.latency.table import Entry
 from nas.locks import timing_lock, training_lock
+from nas.parts import Part
 from nas.reward import Limit, Reward, violation
 from nas.space import Genomes
 from nas.student.export import onnx_macs_params, to_onnx
@@ -142,16 +144,42 @@ def _realise(student: Distil, genome: Genomes, recipe: Recipe, folder: Path) -> 
     }
 
 
+@dataclass(frozen=True)
+class Session:
+    """One interleaved measurement of whole models, and of parts that a table had only interpolated.
+
+    Attributes:
+        timings: model name → timing.
+        entries: part key → entry, measured beside them.
+        yardstick_ms: median of the yardstick.
+    """
+
+    timings: dict[str, Timing]
+    entries: dict[str, Entry]
+    yardstick_ms: float
+
+
 def measure_models(
-    models: Mapping[str, Path], device: Device, seconds: float, progress: Progress | None = None
-) -> dict[str, Timing]:
-    """Measure exported models end to end, interleaved, with nothing of ours training beside them."""
+    models: Mapping[str, Path],
+    device: Device,
+    seconds: float,
+    progress: Progress | None = None,
+    parts: Mapping[str, Part] | None = None,
+) -> Session:
+    """Measure exported models end to end, and some parts, interleaved, with nothing of ours training beside them."""
+    parts = parts or {}
     runners = {name: device.load(onnx.load(path)) for name, path in models.items()}
+    runners |= {key: device.load(part.to_onnx(device.batch), part=True) for key, part in parts.items()}
     with timing_lock():
         seen = interleave(
             runners, load_yardstick(device), seconds=seconds, max_rounds=2000, calls=10, progress=progress
         )
-    return {name: samples.timing() for name, samples in seen.samples.items()}
+    timings = {name: samples.timing() for name, samples in seen.samples.items()}
+    entries = {
+        key: Entry(timings[key], timings[key].p50, runners[key].fused(), uncertainty=timings[key].noise)
+        for key in parts
+    }
+    return Session({name: timings[name] for name in models}, entries, seen.reference)
 
 
 def judge(

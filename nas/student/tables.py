@@ -6,23 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 
 from nas import content
 from nas.errors import TableError
-from nas.evaluators import Distil
 from nas.evaluators.distil import skeleton
-from nas.evaluators.train import SAMPLE
 from nas.executors import Executor
 from nas.files import digest
 from nas.latency import Device, LatencyTable
+from nas.latency.check import rebuild
 from nas.latency.measure import Progress
-from nas.latency.profile import CalibrationNet, calibration_genomes, profile
+from nas.latency.plan import CalibrationNet, calibration_genomes
+from nas.latency.profile import Effort, profile
 from nas.locks import cache_dir
-from nas.space import Genomes, SearchSpace
+from nas.space import Genomes, SearchSpace, TaskInfo
 from nas.student.export import to_onnx
+
+SAMPLE = 8  # random inputs: enough for activation ranges that no time depends on
 
 
 def cached_path(space: SearchSpace, device: Device) -> Path:
@@ -31,19 +32,25 @@ def cached_path(space: SearchSpace, device: Device) -> Path:
     return cache_dir() / "tables" / f"{space.name}-{keys}-{device.fingerprint}.json"
 
 
+def partial_of(table: Path) -> Path:
+    """Where an interrupted measurement of a table is kept."""
+    return table.with_name(f"{table.stem}.partial.npz")
+
+
 def find_table(path: str, space: SearchSpace, device: Device, note: Callable[[str], None]) -> LatencyTable | None:
     """The table that ``path`` means, or for ``auto`` a cached or bundled one that fits; nothing where none does.
 
     Raises:
-        TableError: the table asked for by name does not fit the space, or is damaged.
+        TableError: the table asked for by name does not fit the space, was never fitted, or is damaged.
     """
     if path != "auto":
         table = LatencyTable.load(content.find("latency_tables", path))
         keys = list(space.keys())
         if missing := table.missing(keys):
-            raise table.lacks(missing, len(keys))
+            raise table.lacks(missing, len(keys), space.name)
+        table.error("latency_ms")
         if table.device.get("fingerprint") != device.fingerprint:
-            note(f"table {table.name} was measured on another device; predictions may be off, measurements are not")
+            note(elsewhere(table, device))
         return table
     for found in (cached_path(space, device), *content.available("latency_tables").values()):
         if found.suffix != ".json" or not found.exists():
@@ -58,40 +65,69 @@ def find_table(path: str, space: SearchSpace, device: Device, note: Callable[[st
     return None
 
 
+def elsewhere(table: LatencyTable, device: Device) -> str:
+    """What to know of a table that was asked for and comes from another device."""
+    apart = "; ".join(device.differences(table.device))
+    return (
+        f"table {table.name} was measured on another device ({apart}); predictions may be off, measurements are not: "
+        + rebuild(table.space)
+    )
+
+
 def build_table(
-    student: Distil,
+    space: SearchSpace,
+    info: TaskInfo,
     device: Device,
     executor: Executor,
+    effort: Effort,
     *,
-    seconds: float,
     nets: int,
-    noise: float,
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda _: None,
+    partial: Path | None = None,
+    resume: bool = False,
 ) -> LatencyTable:
-    """Profile the space of ``student`` on this machine and fit it to ``nets`` exported networks.
+    """Profile ``space`` on this machine and fit it to ``nets`` exported networks.
 
     Args:
-        executor: exports the networks side by side; its shared object is ``student``.
+        info: shapes of the data.
+        executor: exports the networks side by side.
+        note: called with what a user should know.
+        partial, resume: where what was measured is kept when Ctrl-C ends it, and whether to go on with it.
     """
-    space = student.space
-    genomes = calibration_genomes(space, nets)
+    whole = calibration_nets(space, info, executor, nets, progress=progress)
+    return profile(space, whole, device, effort, progress=progress, note=note, partial=partial, resume=resume)
+
+
+def calibration_nets(
+    space: SearchSpace, info: TaskInfo, executor: Executor, count: int, *, progress: Progress | None = None
+) -> list[CalibrationNet]:
+    """``count`` networks of the space, small ones and large ones, exported."""
+    return exported_nets(space, info, executor, calibration_genomes(space, count), progress=progress)
+
+
+def exported_nets(
+    space: SearchSpace, info: TaskInfo, executor: Executor, genomes: Genomes, *, progress: Progress | None = None
+) -> list[CalibrationNet]:
+    """The genomes' networks, compressed and exported as students are, with random weights."""
     exported: dict[int, onnx.ModelProto] = {}
-    for i, data in executor.run(untrained_onnx, list(genomes)):
+    for i, data in executor.run(untrained_onnx, [(space, info, row) for row in genomes]):
         if isinstance(data, Exception):
             raise data
         exported[i] = onnx.load_from_string(data)
         if progress is not None:
-            progress(0.0, f"exporting network {len(exported)}/{nets}")
-    whole = [CalibrationNet(tuple(space.parts(space.decode(row))), exported[i]) for i, row in enumerate(genomes)]
-    return profile(space, whole, device, seconds=seconds, target_noise=noise, progress=progress)
+            progress(0.0, f"exporting network {len(exported)}/{len(genomes)}")
+    return [CalibrationNet(tuple(space.parts(space.decode(row))), exported[i]) for i, row in enumerate(genomes)]
 
 
-def untrained_onnx(student: Distil, genome: Genomes) -> bytes:
+def untrained_onnx(_shared: Any, item: tuple[SearchSpace, TaskInfo, Genomes]) -> bytes:
     """The exported, compressed network of a genome with random weights; time does not depend on them."""
-    candidate = student.space.decode(genome)
-    x: Any = student.task.split("train")[0][:SAMPLE]
+    space, info, genome = item
+    candidate = space.decode(genome)
+    low, high = info.value_range
+    x = torch.rand(SAMPLE, *info.input_shape, generator=torch.Generator().manual_seed(0)) * (high - low) + low
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = skeleton(student.space, candidate, x)
-    plan = student.space.training(candidate).compression
-    return to_onnx(model, plan, x[:1], np.asarray(x)).SerializeToString()
+        model = skeleton(space, candidate, x)
+    plan = space.training(candidate).compression
+    return to_onnx(model, plan, x[:1], x.numpy()).SerializeToString()

@@ -14,7 +14,7 @@ from nas.errors import SpaceError
 from nas.latency import AdditiveEstimator, Device, LatencyTable
 from nas.latency.fit import FitError, LinearFit
 from nas.latency.measure import Timing
-from nas.latency.table import Entry
+from nas.latency.table import Entry, Net
 from nas.space import Candidate, Genomes, SearchSpace, TaskInfo
 from nas.student.export import onnx_macs_params, to_onnx
 from nas.testing.agreement import check_agreement
@@ -68,9 +68,11 @@ def synthetic_table(space: SearchSpace, seed: int = 0) -> LatencyTable:
         value = float((2e-3 + part.macs / part.count * 1e-8) * luck)
         entries[key] = Entry(Timing(value, 1.2 * value, 1.05 * value, 100, 0.01), value, {"Conv": 1})
     fits = {
-        "latency_ms": LinearFit((0.9, 0.95, 1.1), (-2e-4, 1e-4, 2e-4), 0.01),
-        "latency_p95_ms": LinearFit((0.92, 0.97, 1.2), (-1e-4, 1e-4, 3e-4), 0.015),
-        "size_bytes": LinearFit((1.01, 1.05, 1.0), (250.0, 400.0, 300.0), 900.0),
+        "latency_ms": LinearFit(
+            (0.9, 0.95, 1.1), (-2e-4, 1e-4, 2e-4), (1e-3, 2e-3, 0.0), (0.1, -0.1, 0.0), (1e-3, 0.0, 0.0), 0.01
+        ),
+        "latency_p95_ms": LinearFit((0.92, 0.97, 1.2), (-1e-4, 1e-4, 3e-4), per_net=0.015),
+        "size_bytes": LinearFit((1.01, 1.05, 1.0), (250.0, 400.0, 300.0), per_net=900.0),
     }
     return LatencyTable(
         space=space.name,
@@ -79,7 +81,7 @@ def synthetic_table(space: SearchSpace, seed: int = 0) -> LatencyTable:
         fits=fits,
         errors={cost: FitError(0.01, 1.0, 1.0, 0.99, 20) for cost in fits},
         noise=0.01,
-        nets=[{"predicted_ms": 0.11, "measured_ms": 0.1, "plain_sum_ms": 0.12}],
+        nets=[Net({}, 0.1, 0.12, 4e3, 0.11, 0.12)],
         protocol={"method": "synthetic", "seed": seed},
         date="2000-01-01T00:00:00+00:00",
         nas_version="0",

@@ -89,6 +89,14 @@ class Runtime(abc.ABC):
         """
 
 
+    def load_part(self, model: onnx.ModelProto, *, threads: int, batch: int) -> Runner:
+        """Like :meth:`load` for a piece of a network, whose inputs and outputs are its neighbours' affair.
+
+        Override it where inputs and outputs can stay in memory that is there already, as they do within a network.
+        """
+        return self.load(model, threads=threads, batch=batch)
+
+
 def random_inputs(model: onnx.ModelProto, batch: int) -> dict[str, npt.NDArray[Any]]:
     """The input that every runtime feeds to ``model``; a symbolic dimension becomes ``batch``."""
     stored = {tensor.name for tensor in model.graph.initializer}

@@ -41,10 +41,17 @@ class OnnxRuntime(Runtime):
         return version()
 
     def load(self, model: onnx.ModelProto, *, threads: int, batch: int) -> Runner:
+        return self._load(model, threads, batch, bound=False)
+
+    def load_part(self, model: onnx.ModelProto, *, threads: int, batch: int) -> Runner:
+        return self._load(model, threads, batch, bound=True)
+
+    def _load(self, model: onnx.ModelProto, threads: int, batch: int, *, bound: bool) -> Runner:
         try:
             return _Runner(
-                model.SerializeToString(), threads=threads, batch=batch, provider=self.provider, graph=self.graph
-            )
+                model.SerializeToString(), threads=threads, batch=batch, provider=self.provider, graph=self.graph,
+                bound=bound,
+            )  # fmt: skip
         except SessionError as error:
             raise _table_error(error) from error
 

@@ -132,10 +132,11 @@ def main():
     device, sessions = device_of(bundle["scenario"]), {}
     state = begin(bundle, device, options.resume)
     scenario = {key: device[key] for key in ("threads", "batch", "provider", "graph")}
-    yardstick = Session(str(HERE / bundle["yardstick"]["file"]), **scenario)
+    yardstick = Session(str(HERE / bundle["yardstick"]["file"]), bound=True, **scenario)
+    parts = set(bundle["scenario"]["parts"])
     for name, entry in bundle["models"].items():
         say("loading %d of %d" % (len(sessions) + 1, len(bundle["models"])), end="")
-        sessions[name] = Session(str(HERE / entry["file"]), **scenario)
+        sessions[name] = Session(str(HERE / entry["file"]), bound=name in parts, **scenario)
     state["fused"] = {name: session.fused() for name, session in sessions.items()}
     try:
         measure(state, sessions, yardstick, seconds)

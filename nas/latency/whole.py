@@ -1,0 +1,53 @@
+"""Whole networks in a table: what they are made of, and the fit of its sums to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.latency.estimator import part_value
+from nas.latency.fit import PLAIN, features, fit, plain_sums
+from nas.latency.table import LatencyTable
+from nas.parts import Part
+
+Array = npt.NDArray[np.float64]
+Identity = tuple[tuple[str, int], ...]
+
+
+def counts(parts: Iterable[Part]) -> dict[str, int]:
+    """Key → how many of it a network executes."""
+    found: dict[str, int] = {}
+    for part in parts:
+        found[part.key] = found.get(part.key, 0) + part.count
+    return found
+
+
+def identity(parts: Mapping[str, int]) -> Identity:
+    """Equal for networks that cost the same."""
+    return tuple(sorted(parts.items()))
+
+
+def fitted(table: LatencyTable, parts: Mapping[str, Part]) -> LatencyTable:
+    """``table`` with all of its costs fitted to its own ``nets``, each of which is predicted by a fit without it.
+
+    Args:
+        parts: every part that a net is made of, by key.
+    """
+    whole = [[replace(parts[key], count=count) for key, count in net.parts.items()] for net in table.nets]
+    measured = {
+        "latency_ms": np.array([net.measured_ms for net in table.nets]),
+        "latency_p95_ms": np.array([net.p95_ms for net in table.nets]),
+        "size_bytes": np.array([net.size_bytes for net in table.nets]),
+    }
+    fits, errors, held_out, rows = {}, {}, {}, {}
+    for cost, y in measured.items():
+        rows[cost] = features([[(part, part_value(table, part, cost)) for part in net] for net in whole])
+        # Bytes have no borders and no arithmetic.
+        sets = {"sets": (PLAIN,)} if cost == "size_bytes" else {}
+        fits[cost], errors[cost], held_out[cost] = fit(rows[cost], y, **sets)
+    pairs = zip(table.nets, held_out["latency_ms"].tolist(), plain_sums(rows["latency_ms"]).tolist(), strict=True)
+    nets = [replace(net, predicted_ms=predicted, plain_sum_ms=plain) for net, predicted, plain in pairs]
+    return replace(table, fits=fits, errors=errors, nets=nets)
