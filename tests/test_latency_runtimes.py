@@ -189,6 +189,11 @@ def test_what_a_provider_left_to_the_cpu_is_marked(tmp_path: Path) -> None:
     assert executed(profile, "XnnpackExecutionProvider")["Conv (CPU)"] == 1
 
 
+@pytest.mark.parametrize("load", [OnnxRuntime.load, OnnxRuntime.load_part])
+def test_one_run_is_counted(load: Callable[..., Runner]) -> None:
+    assert load(OnnxRuntime(), PART.to_onnx(), threads=1, batch=1).fused()["Conv"] == 1
+
+
 def test_an_input_that_has_no_random_numbers() -> None:
     graph = helper.make_graph(
         [helper.make_node("Identity", ["x"], ["y"])], "text",

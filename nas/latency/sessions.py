@@ -148,16 +148,16 @@ class Session:
                 raise SessionError(f"The model wants an input of {odd[0]}.", f"one of {', '.join(DTYPES)}")
             described = [(value.name, value.shape, DTYPES[value.type]) for value in inputs]
             self.feed = random_inputs(described, batch)
-            if name in ON_DEVICE:
-                self._run = partial(
-                    run_bound, self.session, bind(self.session, self.feed, ON_DEVICE[name], int(index or 0))
-                )
-            elif bound and name == CPU:
-                self._run = partial(self.session.run_with_iobinding, bind_here(self.session, self.feed))
-            else:
-                self._run = partial(self.session.run, None, self.feed)
-            self._run()
+            self.session.run(None, self.feed)
             self._fused = executed(Path(self.session.end_profiling()), name)
+        if name in ON_DEVICE:
+            self._run = partial(
+                run_bound, self.session, bind(self.session, self.feed, ON_DEVICE[name], int(index or 0))
+            )
+        elif bound and name == CPU:
+            self._run = partial(self.session.run_with_iobinding, bind_here(self.session, self.feed))
+        else:
+            self._run = partial(self.session.run, None, self.feed)
 
     def __call__(self) -> None:
         """One inference."""
