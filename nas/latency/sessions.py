@@ -148,14 +148,13 @@ class Session:
                 raise SessionError(f"The model wants an input of {odd[0]}.", f"one of {', '.join(DTYPES)}")
             described = [(value.name, value.shape, DTYPES[value.type]) for value in inputs]
             self.feed = random_inputs(described, batch)
-            self.session.run(None, self.feed)
+            outputs = self.session.run(None, self.feed)
             self._fused = executed(Path(self.session.end_profiling()), name)
         if name in ON_DEVICE:
-            self._run = partial(
-                run_bound, self.session, bind(self.session, self.feed, ON_DEVICE[name], int(index or 0))
-            )
+            binding = bind(self.session, self.feed, ON_DEVICE[name], int(index or 0))
+            self._run = partial(run_bound, self.session, binding)
         elif bound and name == CPU:
-            self._run = partial(self.session.run_with_iobinding, bind_here(self.session, self.feed))
+            self._run = partial(self.session.run_with_iobinding, bind_here(self.session, self.feed, outputs))
         else:
             self._run = partial(self.session.run, None, self.feed)
 
@@ -211,12 +210,14 @@ def bind(session: ort.InferenceSession, feed: dict[str, npt.NDArray[Any]], devic
     return binding
 
 
-def bind_here(session: ort.InferenceSession, feed: dict[str, npt.NDArray[Any]]) -> Any:
+def bind_here(
+    session: ort.InferenceSession, feed: dict[str, npt.NDArray[Any]], outputs: Sequence[npt.NDArray[Any]]
+) -> Any:
     """Inputs and outputs bound to memory of the processor's that every call uses again."""
     binding = session.io_binding()
     for name, array in feed.items():
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-    for output, array in zip(session.get_outputs(), session.run(None, feed), strict=True):
+    for output, array in zip(session.get_outputs(), outputs, strict=True):
         binding.bind_ortvalue_output(output.name, ort.OrtValue.ortvalue_from_numpy(array))
     return binding
 
