@@ -189,6 +189,11 @@ def test_what_a_provider_left_to_the_cpu_is_marked(tmp_path: Path) -> None:
     assert executed(profile, "XnnpackExecutionProvider")["Conv (CPU)"] == 1
 
 
+@pytest.mark.parametrize("load", [OnnxRuntime.load, OnnxRuntime.load_part])
+def test_one_run_is_counted(load: Callable[..., Runner]) -> None:
+    assert load(OnnxRuntime(), PART.to_onnx(), threads=1, batch=1).fused()["Conv"] == 1
+
+
 def test_an_input_that_has_no_random_numbers() -> None:
     graph = helper.make_graph(
         [helper.make_node("Identity", ["x"], ["y"])], "text",
@@ -349,6 +354,7 @@ def normal(*shape: int) -> Any:
         ("ReduceSum", [], IMAGE, {}),
         ("Softmax", [], IMAGE, {"axis": 1}),
         ("HardSigmoid", [], IMAGE, {}),
+        ("Cast", [], IMAGE, {"to": TensorProto.FLOAT}),
         ("MaxPool", [], IMAGE, {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}),
         ("AveragePool", [], IMAGE, {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}),
         ("BatchNormalization", [normal(3), normal(3), normal(3), np.abs(normal(3))], IMAGE, {}),

@@ -136,6 +136,28 @@ def test_peak_activations_by_hand(part: Part, numbers: int) -> None:
     assert int8(part).peak_bytes(2) == 2 * numbers
 
 
+@pytest.mark.parametrize(
+    ("ops", "numbers"),
+    [
+        ((Attention(2, 4),), 2 * 2 * 16 * 16 + 16 * 8),  # two forms of the scores, and v
+        ((Attention(2, 32),), 3 * 16 * 64 + 2 * 16 * 16),  # q, k, v and the scores
+        ((Attention(2, 4), AddInput()), 2 * 2 * 16 * 16 + 16 * 8 + 16 * 12),  # the residual's input too
+        ((LayerNorm(), Attention(2, 4), AddInput()), 2 * 2 * 16 * 16 + 16 * 8 + 16 * 12),
+        ((LayerNorm(), Mlp(48), AddInput()), 3 * 16 * 48 + 16 * 12),
+        ((Mlp(48, "relu"),), 2 * 16 * 48),
+        ((LayerNorm(),), 2 * 16 * 12),
+    ],
+)
+def test_peak_activations_within_an_operator(ops: tuple[Op, ...], numbers: int) -> None:
+    part = Part(ops, (16, 12))
+    assert part.peak_bytes(2) == 2 * 4 * numbers
+    assert int8(part).peak_bytes(2) == 2 * 4 * numbers  # the stream of an int8 transformer is float
+
+
+def test_few_tokens_have_small_scores() -> None:
+    assert Part((Attention(1, 8),), (2, 64)).peak_bytes() == 4 * (2 * 64 + 3 * 2 * 8)  # the input and q, k, v
+
+
 def test_a_boundary_has_one_side_of_floats() -> None:
     for part in BOUNDARIES.values():
         assert part.peak_bytes() == (4 + 1) * 16 * 64

@@ -45,7 +45,9 @@ class Op(Protocol):
     def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
         """Write the operator's nodes for input tensor ``x`` and return the output tensor's name.
 
-        An operator that also reads the part's own input (``graph.input``) says so by ``reads_input = True``.
+        An operator that also reads the part's own input (``graph.input``) says so by ``reads_input = True``; one that
+        writes more than a node has ``live(shape)``, the most numbers that live at one time within it, its input and
+        output among them.
         """
 
 
@@ -121,24 +123,29 @@ class Part:
     def peak_bytes(self, batch: int = 1) -> int:
         """Bytes of the largest set of activations that live at one time while the operators run one after the other.
 
-        That is an operator's input and output, and the part's own input while a later operator still reads it; 4
-        bytes a number in fp32 and 1 in int8. This is arithmetic, not measured: weights and what a runtime needs
-        inside an operator are not in it, and a runtime that fuses operators or works in place needs less.
+        That is an operator's input and output, or what it says of itself, and the part's own input while a later
+        operator still reads it; 4 bytes a number in fp32 and 1 in int8, unless what flows between operators is float
+        there too. This is arithmetic, not measured: weights and what a runtime needs for its own purposes are not in
+        it, and a runtime that fuses operators or works in place needs less.
         """
         shapes = self._shapes()
-        sizes = [batch * int(np.prod(shape)) * self._item_bytes(i) for i, shape in enumerate(shapes)]
-        readers = [i for i, op in enumerate(self.ops) if getattr(op, "reads_input", False)]
-        return max(
-            (sizes[i] + sizes[i + 1] + (sizes[0] if i and readers and i <= readers[-1] else 0))
-            for i in range(len(self.ops))
-        )
+        sizes = [math.prod(shape) * self._item_bytes(i) for i, shape in enumerate(shapes)]
+        last_reader = max((i for i, op in enumerate(self.ops) if getattr(op, "reads_input", False)), default=-1)
+        peaks = []
+        for i, op in enumerate(self.ops):
+            live = getattr(op, "live", None)
+            within = sizes[i] + sizes[i + 1] if live is None else live(shapes[i]) * self._item_bytes(i)
+            kept = i <= last_reader and (i > 0 or live is not None)  # otherwise the input is counted within
+            peaks.append(within + (sizes[0] if kept else 0))
+        return batch * max(peaks)
 
     def _item_bytes(self, i: int) -> int:
         """Bytes of a number before operator ``i``, or after the last one."""
         if self.precision == "boundary":
             is_float = (i == 0) == (self.ops[0].text == "quantize")
             return 4 if is_float else 1
-        return 1 if self.precision == "int8" else 4
+        floats = self.precision == "fp32" or any(getattr(op, "float_stream", False) for op in self.ops)
+        return 4 if floats else 1
 
     def to_onnx(self, batch: int = 1) -> onnx.ModelProto:
         """A runnable model of one copy with random weights, input and output in the part's own precision."""

@@ -9,6 +9,7 @@ the softmax and GELU stay float, which is how onnxruntime executes such a networ
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,12 @@ class Attention:
         width, inner = shape[1], self.heads * self.head_dim
         return 3 * (width * inner + inner) + inner * width + width
 
+    def live(self, shape: Shape) -> int:
+        """The input and q, k, v; then those and the scores; then two forms of the scores and v."""
+        tokens, inner = shape[0], self.heads * self.head_dim
+        rows, scores = tokens * inner, self.heads * tokens**2
+        return max(math.prod(shape) + 3 * rows, 3 * rows + scores, 2 * scores + rows)
+
     def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
         tokens, width = shape
         inner = self.heads * self.head_dim
@@ -131,6 +138,11 @@ class Mlp:
 
     def params(self, shape: Shape) -> int:
         return 2 * shape[1] * self.hidden + self.hidden + shape[1]
+
+    def live(self, shape: Shape) -> int:
+        """Input or output and the hidden layer; within the activation, two copies of it, for GELU three."""
+        hidden = shape[0] * self.hidden
+        return max(math.prod(shape) + hidden, (2 if self.activation == "relu" else 3) * hidden)
 
     def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
         y = graph.linear(x, shape[1], self.hidden)
