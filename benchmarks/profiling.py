@@ -4,8 +4,8 @@
 
 A mobile family (3x224x224 images, resolutions 32 to 224 step 16, fp32 and int8) is profiled on this machine. For each
 count, that many parts, drawn at random, are loaded and timed beside 30 whole networks until every part has had 12
-rounds or the minutes are over. Prints a table, and one JSON line, last: per count the seconds to load, a round's seconds, rounds, seconds in
-all, and parts per second; and how many parts `nas profile` itself would measure in the minutes.
+rounds or the minutes are over. Prints one JSON line, last: per count the seconds to load, a round's seconds, rounds,
+seconds in all, and parts per second; and how many parts `nas profile` itself would measure in the minutes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def measured(plan: Plan, device: Device, seconds: float) -> dict[str, Any]:
     spent = time.perf_counter() - start
     return {
         "parts": len(plan.measured), "load_seconds": round(loaded, 2),
-        "round_seconds": round(seen.seconds / seen.rounds, 3), "rounds": seen.rounds, "seconds": round(spent, 1), "parts_per_second": round(len(plan.measured) / spent, 1),
+        "round_seconds": round(seen.seconds / seen.rounds, 3), "rounds": seen.rounds, "seconds": round(spent, 1),
+        "parts_per_second": round(len(plan.measured) / spent, 1),
     }  # fmt: skip
 
 

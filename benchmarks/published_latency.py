@@ -116,7 +116,7 @@ def rows(nets: Sequence[Net], grouped: bool) -> Array:
     for row, net in zip(x, nets, strict=True):
         for op in net.ops:
             start = TERMS * (KINDS.index(op.kind) if grouped else 0)
-            row[start : start + TERMS] += (op.ms, 1.0, op.elements / 1e6, op.macs / 1e9)
+            row[start : start + TERMS] += (op.ms, 1.0, op.elements / 1e6, op.macs / 1e9, 0.0)
         row[-1] = 1.0
     return x
 

@@ -42,6 +42,7 @@ def test_price_by_hand() -> None:
                 cost, part.weight_bytes / part.count
             )
             borders = fit.per_traffic[group] * part.traffic / 1e6 + fit.per_gmac[group] * part.macs / part.count / 1e9
+            borders += fit.per_weight_mb[group] * part.weight_bytes / part.count / 1e6
             total += part.count * (fit.scale[group] * value + fit.per_part[group] + borders)
         assert estimator.price(genome)[0, column] == pytest.approx(total, rel=1e-12)
     assert estimator.price(genome)[0, 3:].tolist() == [sum(p.macs for p in parts), sum(p.params for p in parts)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from nas.latency.fit import PLAIN, LinearFit, error, features, fit, plain_sums, spearman
+from nas.latency.fit import PLAIN, TERMS, LinearFit, error, features, fit, plain_sums, spearman
 from nas.parts import PRECISIONS, Boundary, Conv, Part
 
 FP32 = Part((Conv(8, 1),), (8, 4, 4))
@@ -27,7 +27,7 @@ def nets(n: int, seed: int = 0) -> list[list[tuple[Part, float]]]:
     ]
 
 
-LAW = LinearFit((0.85, 1.2, 0.7), (0.01, -0.005, 0.02), (-0.1, 0.05, 0.2), (2.0, -1.0, 0.0), 0.1)
+LAW = LinearFit((0.85, 1.2, 0.7), (0.01, -0.005, 0.02), (-0.1, 0.05, 0.2), (2.0, -1.0, 0.0), (0.3, 0.2, 0.0), 0.1)
 
 
 def costs(some: list[list[tuple[Part, float]]], law: LinearFit) -> np.ndarray:
@@ -37,15 +37,15 @@ def costs(some: list[list[tuple[Part, float]]], law: LinearFit) -> np.ndarray:
 def test_features_by_hand() -> None:
     rows = features([[(FP32, 0.5), (INT8, 0.25), (FP32, 1.0)], [(CROSSING, 0.125)]])
     assert PRECISIONS == ("fp32", "int8", "boundary")
-    # by group: own costs with the count, parts, millions of elements in and out, billions of MACs; last: one net
-    traffic, gmacs = 256 / 1e6, 1024 / 1e9
+    # by group: own costs with the count, parts, millions of elements in and out, billions of MACs, MB of weights; net
+    traffic, gmacs, mb = 256 / 1e6, 1024 / 1e9, 72 / 1e6
     assert FP32.traffic == INT8.traffic == 256
     assert FP32.macs == 1024
     np.testing.assert_allclose(
         rows,
         [
-            [1.5, 2.0, 2 * traffic, 2 * gmacs, 0.75, 3.0, 3 * traffic, 3 * gmacs, 0.0, 0.0, 0.0, 0.0, 1.0],
-            [0.0] * 8 + [0.125, 1.0, traffic, 0.0, 1.0],
+            [1.5, 2.0, 2 * traffic, 2 * gmacs, 8 * mb, 0.75, 3.0, 3 * traffic, 3 * gmacs, 3 * mb, *[0.0] * 5, 1.0],
+            [0.0] * 10 + [0.125, 1.0, traffic, 0.0, 0.0, 1.0],
         ],
     )
 
@@ -104,7 +104,7 @@ def test_groups_that_no_net_has_stay_plain() -> None:
 
 
 def test_the_fit_of_a_part() -> None:
-    one = LinearFit((0.5, 2.0, 3.0), (0.1, 0.2, 0.3), (0.0, 1e3, 0.0), (1e3, 0.0, 0.0), 7.0)
+    one = LinearFit((0.5, 2.0, 3.0), (0.1, 0.2, 0.3), (0.0, 1e3, 0.0), (1e3, 0.0, 0.0), per_net=7.0)
     assert one.part(1.0, FP32) == pytest.approx(0.6 + 1024e-6)
     assert one.part(1.0, INT8) == pytest.approx(2.2 + 256e-3)  # of one copy of three
     assert one.part(1.0, CROSSING) == pytest.approx(3.3)
@@ -146,9 +146,10 @@ def test_a_fit_predicts_its_rows() -> None:
 def test_groups_need_not_be_precisions() -> None:
     """Five groups of which one is never there: the fit has five, and finds the law of the others."""
     rng = np.random.default_rng(0)
-    x = np.column_stack([rng.lognormal(0, 1, (40, 20)), np.ones(40)])
-    x[:, 16:20] = 0.0
-    y = 0.9 * x[:, 0] + 1.3 * x[:, 4] + x[:, 8] + x[:, 12] + 0.2 * x[:, 1] + 0.5
+    x = np.column_stack([rng.lognormal(0, 1, (40, 5 * TERMS)), np.ones(40)])
+    x[:, 4 * TERMS : -1] = 0.0
+    own = x[:, 0:-1:TERMS]
+    y = own @ [0.9, 1.3, 1.0, 1.0, 1.0] + 0.2 * x[:, 1] + 0.5
     found, held_out, predicted = fit(x, y)
     assert len(found.scale) == len(found.per_gmac) == 5
     assert found.scale[4] == 1.0

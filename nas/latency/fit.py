@@ -1,8 +1,9 @@
 """From sums of parts to whole nets: a linear correction fitted on measured networks, by precision.
 
-``net ≈ c + Σ_g Σ_parts (s_g · part_ms + f_g + t_g · elements in and out + m_g · MACs)`` over the precision groups g.
-The scale absorbs what caches save, f the fixed cost of calling a part on its own, t what a part on its own pays at its
-borders (changes of memory layout, outputs written out), m what long arithmetic costs within a net, c that of a call.
+``net ≈ c + Σ_g Σ_parts (s_g · part_ms + f_g + t_g · elements in and out + m_g · MACs + w_g · bytes of weights)`` over
+the precision groups g. The scale absorbs what caches save, f the fixed cost of calling a part on its own, t what a part
+on its own pays at its borders (changes of memory layout, outputs written out), m what long arithmetic costs within a
+net, w that a part alone finds its weights in the cache and a part of a net does not, c the cost of a call.
 Ridge regression on relative errors, shrunk towards the plain sum (s = 1, all others 0), keeps it stable on 20-30 nets.
 """
 
@@ -21,9 +22,10 @@ Array = npt.NDArray[np.float64]
 STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 GROUPS = len(PRECISIONS)
 ZEROS = (0.0,) * GROUPS
-TERMS = 4  # of every group: own cost, parts, millions of elements, billions of MACs
-#: Nested sets of terms, from the plainest: which of them predicts unseen nets best is found by leaving nets out.
-PLAIN, BORDERS, FULL = (0, 1), (0, 1, 2), (0, 1, 2, 3)
+TERMS = 5  # of every group: own cost, parts, millions of elements, billions of MACs, megabytes of weights
+#: Sets of terms, from the plainest: which of them predicts unseen nets best is found by leaving nets out.
+PLAIN = (0, 1)
+SETS = (PLAIN, (0, 1, 2), (0, 1, 4), (0, 1, 2, 3), (0, 1, 2, 4), (0, 1, 2, 3, 4))
 ADVANTAGE = 0.98  # a richer set has to be at least this much better, or chance chooses it
 
 
@@ -47,6 +49,7 @@ class LinearFit:
         per_part: for each part.
         per_traffic: for a million elements that parts read from and hand to their neighbours.
         per_gmac: for a billion multiply-accumulates.
+        per_weight_mb: for a million bytes of weights.
         per_net: once.
     """
 
@@ -54,6 +57,7 @@ class LinearFit:
     per_part: tuple[float, ...] = ZEROS
     per_traffic: tuple[float, ...] = ZEROS
     per_gmac: tuple[float, ...] = ZEROS
+    per_weight_mb: tuple[float, ...] = ZEROS
     per_net: float = 0.0
 
     def part(self, value: float, part: Part) -> float:
@@ -66,8 +70,8 @@ class LinearFit:
         """Cost of a whole net from its parts and the cost of one copy of each."""
         return self.per_net + sum(part.count * self.part(value, part) for part, value in parts)
 
-    def _coefficients(self, group: int) -> tuple[float, float, float, float]:
-        return self.scale[group], self.per_part[group], self.per_traffic[group], self.per_gmac[group]
+    def _coefficients(self, group: int) -> tuple[float, ...]:
+        return tuple(getattr(self, name)[group] for name in _NAMES)
 
     def scaled(self, factor: float) -> LinearFit:
         """The fit of costs that are ``factor`` times as large."""
@@ -87,15 +91,15 @@ class LinearFit:
         return asdict(self)
 
 
-_NAMES = ("scale", "per_part", "per_traffic", "per_gmac")
+_NAMES = ("scale", "per_part", "per_traffic", "per_gmac", "per_weight_mb")
 
 
-def _terms(value: float, part: Part) -> tuple[float, float, float, float]:
-    return value, 1.0, part.traffic / 1e6, part.macs / part.count / 1e9
+def _terms(value: float, part: Part) -> tuple[float, float, float, float, float]:
+    return value, 1.0, part.traffic / 1e6, part.macs / part.count / 1e9, part.weight_bytes / part.count / 1e6
 
 
 def features(nets: Iterable[Sequence[tuple[Part, float]]]) -> Array:
-    """One row a net, ``[nets, 4 · groups + 1]``: the terms of all parts summed by group, then 1."""
+    """One row a net, ``[nets, 5 · groups + 1]``: the terms of all parts summed by group, then 1."""
     rows = []
     for net in nets:
         row = np.zeros(TERMS * GROUPS + 1)
@@ -113,12 +117,12 @@ def plain_sums(x: Array) -> Array:
 
 
 def fit(
-    x: Array, y: Array, sets: Sequence[tuple[int, ...]] = (PLAIN, BORDERS, FULL)
+    x: Array, y: Array, sets: Sequence[tuple[int, ...]] = SETS
 ) -> tuple[LinearFit, FitError, Array]:
     """Fit measured ``y [nets]`` on :func:`features` ``x``; terms and strength are chosen by leaving nets out.
 
     Args:
-        x: rows of 4 terms a group, then 1; the groups need not be precisions, and the fit has as many as ``x``.
+        x: rows of 5 terms a group, then 1; the groups need not be precisions, and the fit has as many as ``x``.
         sets: sets of terms that may be used, from the plainest; a later one has to be clearly better.
 
     Returns the fit, its leave-one-out error, and the leave-one-out predictions.

@@ -154,7 +154,7 @@ def interleave(
             seen.rounds += 1
             spent = time.perf_counter() - start
             if progress is not None:
-                progress(min(1.0, spent / seconds), f"round {seen.rounds}")
+                progress(min(1.0, spent / max(seconds, 1e-9)), f"round {seen.rounds}")
             if checkpoint is not None and time.perf_counter() - saved > CHECKPOINT_SECONDS:
                 checkpoint(so_far())
                 saved = time.perf_counter()

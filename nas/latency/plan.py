@@ -24,6 +24,7 @@ from nas.space import Genomes, SearchSpace
 YARDSTICK = Part((Conv(32, 3, activation="relu6"),), (32, 12, 12))
 CALLS = 5
 ROUNDS = 2 * MIN_ROUNDS  # that every part should get; with less the table says what noise it has
+FEWER_ROUNDS = MIN_ROUNDS + 1  # before parts are left out: what is interpolated is further off than what is noisy
 PILOTS, PILOT_NETS = 32, 6
 MEMORY_SHARE = 0.5  # of what is free, for loaded models
 
@@ -113,7 +114,8 @@ def choose_keys(
     """The keys to measure in ``seconds`` of loading and timing: all of them where that is enough, else a grid.
 
     A few parts and nets are tried first: what they take to load and to run decides how many parts can have
-    :data:`ROUNDS` rounds beside all of the nets, and what they take of memory how many can be loaded at once.
+    :data:`ROUNDS` rounds, or else :data:`FEWER_ROUNDS`, beside all of the nets; what they take of memory, how many can
+    be loaded at once.
     """
     begin = time.perf_counter()
     parts = space.keys()
@@ -123,8 +125,11 @@ def choose_keys(
     memory = max(0, _resident() - before) / len(pilots)
     some = [models[i] for i in np.linspace(0, len(models) - 1, min(PILOT_NETS, len(models))).astype(int)]
     load_net, visit_net = _cost([partial(device.load, model) for model in some], device)
-    left = seconds - (time.perf_counter() - begin) - len(models) * (load_net + ROUNDS * visit_net)
-    by_time = max(0, int(left / (load + ROUNDS * visit)))
+    left = seconds - (time.perf_counter() - begin) - len(models) * load_net
+    for rounds in (ROUNDS, FEWER_ROUNDS):
+        by_time = max(0, int((left - rounds * len(models) * visit_net) / (load + rounds * visit)))
+        if by_time >= len(parts):
+            break
     by_memory = int(MEMORY_SHARE * _free() / memory) if memory else len(parts)
     keys = grid(parts, min(by_time, by_memory))
     if len(keys) < len(parts):

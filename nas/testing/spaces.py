@@ -68,7 +68,9 @@ def synthetic_table(space: SearchSpace, seed: int = 0) -> LatencyTable:
         value = float((2e-3 + part.macs / part.count * 1e-8) * luck)
         entries[key] = Entry(Timing(value, 1.2 * value, 1.05 * value, 100, 0.01), value, {"Conv": 1})
     fits = {
-        "latency_ms": LinearFit((0.9, 0.95, 1.1), (-2e-4, 1e-4, 2e-4), (1e-3, 2e-3, 0.0), (0.1, -0.1, 0.0), 0.01),
+        "latency_ms": LinearFit(
+            (0.9, 0.95, 1.1), (-2e-4, 1e-4, 2e-4), (1e-3, 2e-3, 0.0), (0.1, -0.1, 0.0), (1e-3, 0.0, 0.0), 0.01
+        ),
         "latency_p95_ms": LinearFit((0.92, 0.97, 1.2), (-1e-4, 1e-4, 3e-4), per_net=0.015),
         "size_bytes": LinearFit((1.01, 1.05, 1.0), (250.0, 400.0, 300.0), per_net=900.0),
     }
