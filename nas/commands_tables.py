@@ -171,7 +171,7 @@ def _provenance(table: LatencyTable) -> list[str]:
         *(f"origin {key}: {value}" for key, value in table.origin.items()),
         f"device: {facts}",
         f"this machine's: no: {'; '.join(apart)}" if apart else "this machine's: yes, by its fingerprint",
-        "protocol: " + ", ".join(f"{key} {_number(value)}" for key, value in table.protocol.items()),
+        "protocol: " + _pairs(table.protocol),
     ]
 
 
@@ -182,7 +182,7 @@ def _quality(table: LatencyTable) -> list[str]:
     measured = sum(entry.measured for entry in table.entries.values())
     lines = [f"parts: {measured} measured, {len(table.entries) - measured} interpolated"]
     if table.interpolation:
-        lines.append("interpolation: " + ", ".join(f"{k} {_number(v)}" for k, v in table.interpolation.items()))
+        lines.append("interpolation: " + _pairs(table.interpolation))
     for cost, fit in table.fits.items():
         if fit == LinearFit():
             lines.append(f"fit {cost}: none, plain sums of parts")
@@ -389,6 +389,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     figures = [all(cell[:1] in "0123456789+-–" for cell in column[1:]) for column in columns]
     formats = [f"{{:{'>' if right else '<'}{width}}}" for width, right in zip(widths, figures, strict=True)]
     return ["  ".join(f.format(cell) for f, cell in zip(formats, row, strict=True)).rstrip() for row in rows]
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    inner = (f"{key} ({_pairs(v)})" if isinstance(v, dict) else f"{key} {_number(v)}" for key, v in values.items())
+    return ", ".join(inner)
 
 
 def _percent(share: float) -> str:

@@ -32,7 +32,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     net = Net({next(iter(entries)): 3}, 0.02, 0.03, 5e3, 0.022, 0.01)
     table = replace(
-        table, entries=entries, nets=[net] * 2, device=Device.local().as_dict(), interpolation={"mape": 0.04}
+        table,
+        entries=entries,
+        nets=[net] * 2,
+        device=Device.local().as_dict(),
+        interpolation={"interpolated": 3, "held_out": {"mape": 0.04123456}},
     )
     folder = tmp_path / "cache" / "tables"
     table.save(folder / "mine.json")
@@ -80,7 +84,8 @@ def test_list_where_there_is_nothing(cache: Path, capsys: Capture, monkeypatch: 
 def test_show(cache: Path, capsys: Capture) -> None:
     text = said(capsys, "show", "mine")
     for expected in (
-        "this machine's: yes, by its fingerprint", "protocol: method synthetic, seed 0", "interpolation: mape 0.04",
+        "this machine's: yes, by its fingerprint", "protocol: method synthetic, seed 0",
+        "interpolation: interpolated 3, held_out (mape 0.04123)",
         "fit latency_ms (fp32/int8/boundary): scale 0.9/0.95/1.1", "error latency_ms: 1.0 % on average",
         "parts have it", "slowest", "fastest", "noise: 1.0 %", "measured 2000-01-01", "3 interpolated",
     ):  # fmt: skip
