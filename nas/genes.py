@@ -31,24 +31,34 @@ class Choice:
         name: unique name, dotted by convention (``stage1.depth``).
         values: the values, at least one, all different.
         ordered: whether neighbours in ``values`` are alike (numbers in rising order are, by default).
+        plain: for a choice of compression, the value that means "not compressed"; None for any other choice.
     """
 
     name: str
     values: tuple[Value, ...]
     ordered: bool = field(default=False)
+    plain: Value | None = field(default=None, kw_only=True)
 
-    def __init__(self, name: str, values: Iterable[Value], ordered: bool | None = None) -> None:
+    def __init__(
+        self, name: str, values: Iterable[Value], ordered: bool | None = None, *, plain: Value | None = None
+    ) -> None:
         values = tuple(values)
         if not values:
             raise SpaceError(f"Choice {name!r} has no values.", expected="at least one value")
         if len(set(values)) != len(values):
             raise SpaceError(f"Choice {name!r} repeats a value: {list(values)}.", expected="distinct values")
+        if plain is not None and plain not in values:
+            raise SpaceError(
+                f"Choice {name!r} has the plain value {plain!r}, which is none of {list(values)}.",
+                expected="one of the values, or none",
+            )
         if ordered is None:
             numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
             ordered = numeric and list(values) in (sorted(values), sorted(values, reverse=True))
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "ordered", ordered)
+        object.__setattr__(self, "plain", plain)
 
     def index(self, value: Value) -> int:
         """Position of ``value``; raises SpaceError where it is not one of the values."""

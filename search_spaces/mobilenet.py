@@ -125,8 +125,8 @@ class MobileNet(SearchSpace):
                 Choice(f"stage{s}.width", widths[s]),
                 Choice(f"stage{s}.kernel", kernels),
                 Choice(f"stage{s}.expand", expansions),
-                Choice(f"stage{s}.prune", prune),
-                Choice(f"stage{s}.bits", bits),
+                Choice(f"stage{s}.prune", prune, plain=0.0 if 0.0 in prune else None),
+                Choice(f"stage{s}.bits", bits, plain=32 if 32 in bits else None),
             ]
         choices += [Choice("kd_weight", kd_weights), Choice("temperature", temperatures)]
         # A choice of one value is no choice, but spaces with fixed genes keep one shape of genome.
@@ -212,9 +212,12 @@ class MobileNet(SearchSpace):
         before, here = self._precision(c, stage - 1), self._precision(c, stage)
         if before == here:
             return None
-        side = self._side(c, stage)
-        kind = "quantize" if here == "int8" else "dequantize"
-        return Part((Boundary(kind),), (self._cin(c, stage), side, side), "boundary")
+        cin, side = self._cin(c, stage), self._side(c, stage)
+        if here == "int8":
+            return Part((Boundary("quantize"),), (cin, side, side), "boundary")
+        # The runtime dequantises once for every reader; a residual is a second one.
+        residual = self.strides[stage] == 1 and cin == int(c[f"stage{stage}.width"])
+        return Part((Boundary("dequantize"),), (cin, side, side), "boundary", 2 if residual else 1)
 
     def _head(self, c: Candidate) -> Part:
         last = len(self.stages) - 1

@@ -14,8 +14,9 @@ from torch import nn
 from nas.compression import ChannelPrune, Quantize, apply_passes, passes, restore, rewrite_onnx
 from nas.compression.base import named_module
 from nas.compression.fold import consumers, fold_batchnorm
-from nas.compression.quantize import ActivationQuantizer, QuantConv2d, quantized_nodes
+from nas.compression.quantize import ActivationQuantizer, QuantConv2d, QuantLinear, quantized_nodes
 from nas.errors import CompressionError
+from nas.latency.runtimes import OnnxRuntimeCpu
 from nas.student.export import deployable, export_float, to_onnx
 from nas.testing import check_pass
 
@@ -97,6 +98,65 @@ def test_every_pass_has_examples() -> None:
 @pytest.mark.parametrize(("kind", "settings"), [(k, s) for k in passes for s in EXAMPLES.get(k, [])])
 def test_every_registered_pass(kind: str, settings: dict[str, Any]) -> None:
     check_pass(passes.get(kind), residual(), settings, images())
+
+
+class Rows(nn.Module):
+    """Linear layers around a residual and operators without integer kernels, after a convolution."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 16, 2, 2)
+        self.norm, self.act = nn.LayerNorm(16), nn.GELU()
+        self.up, self.down = nn.Linear(16, 32, bias), nn.Linear(32, 16, bias)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x).reshape(-1, 16, 16).permute(0, 2, 1).reshape(-1, 16)
+        x = self.down(self.act(self.up(self.norm(x)))) + x
+        return self.head(x.reshape(-1, 16, 16).mean(dim=1))
+
+
+LINEAR = ["up", "down"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("names", [["up"], LINEAR, ["head"], [*LINEAR, "head"], ["conv", *LINEAR]])
+def test_linear_layers_are_quantised(names: list[str], bias: bool) -> None:
+    torch.manual_seed(0)
+    check_pass(Quantize, Rows(bias).eval(), dict.fromkeys(names, 8), images())
+
+
+class Tokens(nn.Module):
+    """A linear layer on three dimensions, which is exported as a product and an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 10, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x.flatten(1, 2)))).mean(dim=1)
+
+
+def test_linear_layers_on_tokens_are_quantised() -> None:
+    torch.manual_seed(0)
+    plan = {"quantize": {"first": 8, "second": 8}}
+    check_pass(Quantize, Tokens().eval(), plan["quantize"], images())
+    exported = to_onnx(apply_passes(Tokens().eval(), plan, images()).eval(), plan, images(), images().numpy())
+    fused = OnnxRuntimeCpu().load(exported, threads=1, batch=1).fused()
+    assert {"MatMulIntegerToFloat", "QuantizeLinear"} <= set(fused)
+    assert not {"MatMul", "DequantizeLinear", "QLinearMatMul"} & set(fused)
+
+
+def test_linear_layers_run_in_integers_with_a_float_result() -> None:
+    torch.manual_seed(0)
+    plan = {"channel_prune": {"up": 24}, "quantize": dict.fromkeys(LINEAR, 8)}
+    model = apply_passes(Rows().eval(), plan, images()).eval()
+    assert isinstance(model.get_submodule("up"), QuantLinear)
+    exported = to_onnx(model, plan, images(), images().numpy())
+    fused = OnnxRuntimeCpu().load(exported, threads=1, batch=1).fused()
+    assert {kind: fused.get(kind, 0) for kind in ("QGemm", "Gemm", "QuantizeLinear", "DequantizeLinear", "Add")} == {
+        "QGemm": 2, "Gemm": 1, "QuantizeLinear": 2, "DequantizeLinear": 0, "Add": 1,
+    }  # fmt: skip
 
 
 # ---- the pipeline ------------------------------------------------------------------------------------

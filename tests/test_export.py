@@ -123,6 +123,28 @@ def test_grouped_convolutions_are_counted() -> None:
     assert onnx_macs_params(export_float(model, images(1))) == (64 * 8 + 16 * 16 * 2 * 9, 16 + 16 * 2 * 9)
 
 
+class Attending(nn.Module):
+    """One head over 16 tokens of width 8, normalised, with positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.position, self.norm = nn.Conv2d(1, 8, 2, 2), nn.Embedding(16, 8), nn.LayerNorm(8)
+        self.query, self.key = nn.Linear(8, 4), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.conv(x).reshape(-1, 8, 16).permute(0, 2, 1) + self.position.weight)
+        scores = torch.softmax(self.query(x) @ self.key(x.reshape(-1, 8)).reshape(-1, 16, 4).permute(0, 2, 1), dim=-1)
+        return scores.mean(dim=1)
+
+
+def test_transformers_are_counted() -> None:
+    """Products of two activations are multiply-accumulates; positions, scales and offsets are parameters."""
+    torch.manual_seed(0)
+    macs = 16 * 4 * 8 + 2 * 16 * 8 * 4 + 16 * 16 * 4
+    params = (8 * 4 + 8) + 16 * 8 + 2 * 8 + (8 * 4 + 4) + 8 * 4
+    assert onnx_macs_params(export_float(Attending(), images(1))) == (macs, params)
+
+
 def test_the_whole_model_really_runs_in_int8(compressed: nn.Module) -> None:
     exported = to_onnx(compressed, PLAN, images(), images().numpy())
     fused = OnnxRuntimeCpu().load(exported, threads=1, batch=1).fused()

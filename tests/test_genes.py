@@ -36,6 +36,15 @@ def test_choice_errors() -> None:
         Choice("c", (1, 2, 1))
     with pytest.raises(SpaceError, match=r"5 is no value of choice 'c'[^$]*\[1, 2\]"):
         Choice("c", (1, 2)).index(5)
+    with pytest.raises(SpaceError, match=r"'c' has the plain value 16, which is none of \[32, 8\]"):
+        Choice("c", (32, 8), plain=16)
+
+
+def test_a_choice_of_compression_says_what_is_plain() -> None:
+    assert Choice("c", (32, 8), plain=32).plain == 32
+    assert Choice("c", (0.0, 0.5), plain=0.0).plain == 0.0
+    assert Choice("c", (1, 2)).plain is None
+    assert Choice("c", (32, 8), plain=32) != Choice("c", (32, 8))
 
 
 # ---- candidates --------------------------------------------------------------------------------------

@@ -15,13 +15,21 @@ from nas.errors import SpaceError
 from nas.latency.runtimes import OnnxRuntimeCpu
 from nas.parts import (
     AddInput,
+    AddProjected,
+    Attention,
     Boundary,
     Conv,
     GlobalAveragePool,
+    LayerNorm,
+    Linear,
+    MaxPool,
+    Mlp,
     Normalize,
     Op,
     Part,
+    PatchEmbed,
     Resize,
+    TokenMean,
     resize_scales,
 )
 
@@ -37,6 +45,16 @@ PARTS = {
     "depthwise": Part((Conv(16, 5, 2, groups=0, activation="relu6"),), (16, 8, 8)),
     "bottleneck": Part(BOTTLENECK, (16, 8, 8), count=3),
     "head": Part((GlobalAveragePool(), Conv(10, 1)), (16, 8, 8)),
+    "basic": Part((Conv(8, 3, activation="relu"), Conv(16, 3), AddInput("relu")), (16, 8, 8), count=2),
+    "projected": Part((Conv(32, 3, 2, activation="relu"), Conv(32, 3), AddProjected(16, 2, "relu")), (16, 9, 9)),
+    "pooled stem": Part((Conv(16, 7, 2, activation="relu"), MaxPool()), (8, 24, 24)),
+}
+# A float stream of tokens, whatever the precision of the linear layers.
+TOKENS = {
+    "attention": Part((LayerNorm(), Attention(2, 8), AddInput()), (9, 32), count=2),
+    "mlp": Part((LayerNorm(), Mlp(64), AddInput()), (9, 32)),
+    "relu mlp": Part((LayerNorm(), Mlp(64, "relu"), AddInput()), (9, 32)),
+    "classifier": Part((LayerNorm(), TokenMean(), Linear(10)), (9, 32)),
 }
 FLOAT_ONLY = {
     "normalize": Part((Normalize(),), (3, 8, 8)),
@@ -72,6 +90,14 @@ def run(part: Part, batch: int) -> tuple[Any, Any]:
         ("depthwise", (16, 4, 4), 16 * 25 * 16, 16 * 25 + 16),
         ("bottleneck", (16, 8, 8), 3 * 64 * (48 * 16 + 48 * 9 + 16 * 48), 3 * (48 * 17 + 48 * 10 + 16 * 49)),
         ("head", (10, 1, 1), 160, 170),
+        ("basic", (16, 8, 8), 2 * 64 * 9 * (8 * 16 + 16 * 8), 2 * (9 * 8 * 16 + 8 + 9 * 16 * 8 + 16)),
+        (
+            "projected",
+            (32, 5, 5),
+            25 * (9 * 32 * 16 + 9 * 32 * 32 + 32 * 16),
+            9 * 32 * 16 + 32 + 9 * 32 * 32 + 32 + 32 * 17,
+        ),
+        ("pooled stem", (16, 6, 6), 144 * 49 * 8 * 16, 49 * 8 * 16 + 16),
     ],
 )
 def test_costs_by_hand(name: str, out_shape: tuple[int, ...], macs: int, params: int) -> None:
@@ -97,8 +123,35 @@ def test_keys_say_everything_but_the_count() -> None:
     assert PARTS["conv groups"].key == "fp32 8x8x8 conv16k3g4.relu6"
     assert BOUNDARIES["quantize"].key == "boundary 16x8x8 quantize"
     assert FLOAT_ONLY["resize"].key == "fp32 3x8x8 normalize resize12"
-    every = [*PARTS.values(), *map(int8, PARTS.values()), *FLOAT_ONLY.values(), *BOUNDARIES.values()]
+    assert PARTS["projected"].key == "fp32 16x9x9 conv32k3s2.relu conv32k3 +conv1s2.relu"
+    assert PARTS["basic"].key == "fp32 16x8x8 conv8k3.relu conv16k3 +in.relu"
+    assert TOKENS["attention"].key == "fp32 9x32 ln att2x8 +in"
+    assert TOKENS["mlp"].key == "fp32 9x32 ln mlp64.gelu +in"
+    both = {**PARTS, **TOKENS}.values()
+    every = [*both, *map(int8, both), *FLOAT_ONLY.values(), *BOUNDARIES.values()]
     assert len({p.key for p in every}) == len(every)
+
+
+@pytest.mark.parametrize(
+    ("name", "out_shape", "macs", "params"),
+    [
+        (
+            "attention",
+            (9, 32),
+            2 * (4 * 9 * 32 * 16 + 2 * 81 * 16),
+            2 * (64 + 3 * (32 * 16 + 16) + 16 * 32 + 32),
+        ),
+        ("mlp", (9, 32), 9 * 2 * 32 * 64, 64 + 32 * 64 + 64 + 64 * 32 + 32),
+        ("classifier", (10,), 320, 64 + 330),
+    ],
+)
+def test_costs_of_transformers_by_hand(name: str, out_shape: tuple[int, ...], macs: int, params: int) -> None:
+    part = TOKENS[name]
+    assert part.out_shape == out_shape
+    assert part.macs == int8(part).macs == macs
+    assert part.params == int8(part).params == params
+    patches = Part((PatchEmbed(32, 4),), (3, 12, 12))
+    assert (patches.out_shape, patches.macs, patches.params) == ((9, 32), 9 * 32 * 48, 32 * 48 + 32 + 9 * 32)
 
 
 def test_groups_that_do_not_divide() -> None:
@@ -123,6 +176,28 @@ def test_float_parts_run(name: str, batch: int) -> None:
     assert y.std() > 0
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", TOKENS)
+def test_parts_of_tokens_run_on_rows(name: str, batch: int) -> None:
+    for part in (TOKENS[name], int8(TOKENS[name])):
+        x, y = run(part, batch)
+        assert x.shape == (9 * batch, 32)
+        assert y.shape == ((batch, 10) if name == "classifier" else x.shape)
+        assert (x.dtype, y.dtype) == (np.float32, np.float32)
+        assert np.isfinite(y).all()
+        assert y.std() > 0
+
+
+def test_patches_become_rows() -> None:
+    x, y = run(Part((PatchEmbed(32, 4),), (3, 12, 8)), 2)
+    assert (x.shape, y.shape) == ((2, 3, 12, 8), (12, 32))
+
+
+def test_an_mlp_knows_its_activation() -> None:
+    with pytest.raises(SpaceError, match=r"'silu' of an Mlp[^$]*gelu or relu"):
+        Mlp(8, "silu")
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_int8_parts_run_and_fuse(name: str) -> None:
     part = int8(PARTS[name])
@@ -131,10 +206,10 @@ def test_int8_parts_run_and_fuse(name: str) -> None:
     assert y.shape == (2, *part.out_shape)
     assert y.std() > 0
     fused = OnnxRuntimeCpu().load(part.to_onnx(1), threads=1, batch=1).fused()
-    convolutions = sum(isinstance(op, Conv) for op in part.ops)
+    convolutions = sum(isinstance(op, Conv | AddProjected) for op in part.ops)
     assert fused.get("QLinearConv") == convolutions
     assert "Conv" not in fused
-    assert fused.get("QLinearAdd", 0) == (name == "bottleneck")
+    assert fused.get("QLinearAdd", 0) == (name in ("bottleneck", "basic", "projected"))
     assert fused.get("QLinearGlobalAveragePool", 0) == (name == "head")
     assert not {"QuantizeLinear", "DequantizeLinear"} & set(fused)
 

@@ -22,6 +22,7 @@ from nas.errors import CompressionError
 
 MOMENTUM = 0.1
 FOLLOWERS = {"Add", "GlobalAveragePool", "AveragePool", "MaxPool", "Clip", "Relu"}
+LINEAR = ("Gemm", "MatMul")
 
 
 class ActivationQuantizer(nn.Module):
@@ -72,14 +73,8 @@ class QuantConv2d(nn.Conv2d):
         self.output_quantizer = ActivationQuantizer(bits) if quantize_output else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.input_quantizer(x)
-        scale = self.weight.detach().abs().amax(dim=(1, 2, 3)).clamp(min=1e-8) / self.top
-        if self.training:
-            zero = torch.zeros_like(scale, dtype=torch.int32)
-            weight = torch.fake_quantize_per_channel_affine(self.weight, scale, zero, 0, -self.top, self.top)
-        else:
-            weight = _fake_quantize(self.weight, scale.view(-1, 1, 1, 1), 0.0, -self.top, self.top)
-        return self.output_quantizer(self._conv_forward(x, weight, self.bias))
+        weight = _fake_quantize_weight(self.weight, self.top, self.training)
+        return self.output_quantizer(self._conv_forward(self.input_quantizer(x), weight, self.bias))
 
     def plain(self) -> nn.Conv2d:
         """The float convolution with the trained weights."""
@@ -87,6 +82,35 @@ class QuantConv2d(nn.Conv2d):
         conv = nn.Conv2d(*geometry)
         conv.weight, conv.bias = self.weight, self.bias
         return conv
+
+
+class QuantLinear(nn.Linear):
+    """A linear layer with fake-quantised weight (symmetric, per output unit) and input; its output stays float."""
+
+    def __init__(self, linear: nn.Linear, bits: int) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.top = 2 ** (bits - 1) - 1
+        self.input_quantizer = ActivationQuantizer(bits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = _fake_quantize_weight(self.weight, self.top, self.training)
+        return nn.functional.linear(self.input_quantizer(x), weight, self.bias)
+
+    def plain(self) -> nn.Linear:
+        """The float layer with the trained weights."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear
+
+
+def _fake_quantize_weight(weight: torch.Tensor, top: int, training: bool) -> torch.Tensor:
+    """``weight [out, ...]`` rounded to multiples of its largest magnitude per output channel, divided by ``top``."""
+    scale = weight.detach().abs().flatten(1).amax(dim=1).clamp(min=1e-8) / top
+    if training:
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -top, top)
+    return _fake_quantize(weight, scale.view(-1, *[1] * (weight.ndim - 1)), 0.0, -top, top)
 
 
 def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
@@ -99,29 +123,37 @@ def _geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
 
 @passes.register("quantize")
 class Quantize(Pass):
-    """Static quantisation of named convolutions: ``settings`` maps a layer name to its bits.
+    """Static quantisation of named convolutions and linear layers: ``settings`` maps a layer name to its bits.
 
     Training simulates the integer arithmetic (Jacob et al. 2018, "Quantization and Training of Neural Networks
     for Efficient Integer-Arithmetic-Only Inference"): batch normalisation is folded first, weights are symmetric
     per channel, activations affine per tensor, gradients pass straight through. The exported model carries real
     QuantizeLinear/DequantizeLinear pairs around exactly those layers, which onnxruntime fuses into integer kernels.
+
+    A convolution's result is rounded too, because what follows it goes on in integers. A linear layer's is not:
+    between the linear layers of a transformer stand operators that have no integer kernel.
     """
 
     def apply(self, model: nn.Module, sample: torch.Tensor) -> nn.Module:
         for name, bits in self.settings.items():
             layer = named_module(model, name, "quantize")
-            if not isinstance(layer, nn.Conv2d):
-                raise CompressionError(f"quantize: {name!r} is a {type(layer).__name__}.", expected="a Conv2d layer")
+            if not isinstance(layer, nn.Conv2d | nn.Linear):
+                raise CompressionError(
+                    f"quantize: {name!r} is a {type(layer).__name__}.", expected="a Conv2d or Linear layer"
+                )
             if bits != 8:
                 raise CompressionError(f"quantize: {bits} bits for {name!r}.", expected="8")
         fold_batchnorm(model, self.settings)
         followers = consumers(model)
         modules = dict(model.named_modules())
         for name, bits in self.settings.items():
+            layer = model.get_submodule(name)
+            if isinstance(layer, nn.Linear):
+                replace_module(model, name, QuantLinear(layer, bits))
+                continue
             users = _past_identities(name, followers, modules)
             activated = len(users) == 1 and isinstance(modules.get(users[0]), nn.ReLU | nn.ReLU6)
-            conv = cast(nn.Conv2d, model.get_submodule(name))
-            replace_module(model, name, QuantConv2d(conv, bits, not activated))
+            replace_module(model, name, QuantConv2d(cast(nn.Conv2d, layer), bits, not activated))
         self._calibrate(model, sample)
         return model
 
@@ -139,7 +171,7 @@ class Quantize(Pass):
 
     def restore(self, model: nn.Module) -> nn.Module:
         for name, module in list(model.named_modules()):
-            if isinstance(module, QuantConv2d):
+            if isinstance(module, QuantConv2d | QuantLinear):
                 replace_module(model, name, module.plain())
         return model
 
@@ -160,17 +192,18 @@ def quantized_nodes(model: onnx.ModelProto, layers: Collection[str]) -> list[str
     """Names of the nodes that run in int8: the named layers' own and those that only pass their result on.
 
     A layer is found by the name of its weight. An addition or pooling takes the precision of the input that
-    was computed last, which in a residual block is the block's own projection.
+    was computed last, which in a residual block is the block's own projection. A linear layer passes nothing on.
     """
     producers = {out: i for i, node in enumerate(model.graph.node) if node.op_type != "Constant" for out in node.output}
     quantized: dict[int, bool] = {}
     for i, node in enumerate(model.graph.node):
         weight = node.input[1] if len(node.input) > 1 else ""
-        if node.op_type in ("Conv", "Gemm", "MatMul"):
+        if node.op_type in ("Conv", *LINEAR):
             quantized[i] = weight.removesuffix(".weight") in layers
         elif node.op_type in FOLLOWERS:
             sources = [producers[x] for x in node.input if x in producers]
-            quantized[i] = bool(sources) and quantized.get(max(sources), False)
+            last = max(sources, default=-1)
+            quantized[i] = quantized.get(last, False) and model.graph.node[last].op_type not in LINEAR
     names = [node.name for i, node in enumerate(model.graph.node) if quantized.get(i)]
     weights = {
         n.input[1].removesuffix(".weight")
@@ -204,6 +237,7 @@ def quantize_static(model: onnx.ModelProto, nodes: list[str], calibration: npt.N
             ort_quantize(
                 model, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, nodes_to_quantize=nodes,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                extra_options={"OpTypesToExcludeOutputQuantization": list(LINEAR)},
             )  # fmt: skip
         finally:
             root.setLevel(level)

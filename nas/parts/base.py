@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 Shape = tuple[int, ...]
 OPSET = 18
 PRECISIONS = ("fp32", "int8", "boundary")
+INPUT_SCALE = 6.0 / 255
 
 
 @runtime_checkable
@@ -67,8 +68,9 @@ class Part:
 
     Args:
         ops: the operators in order.
-        shape: input shape without batch, ``(channels, height, width)`` for images.
-        precision: ``fp32``, ``int8`` (uint8 in, uint8 out, static QDQ, weights per channel) or ``boundary``.
+        shape: input shape without batch, ``(channels, height, width)`` for images and ``(tokens, width)`` for tokens.
+        precision: ``fp32``, ``int8`` (uint8 in, uint8 out, static QDQ, weights per channel) or ``boundary``. An int8
+            part of operators whose ``float_stream`` is true has float in and out, and integer matrix products within.
         count: how many identical copies the runtime executes one after the other.
     """
 
@@ -124,11 +126,14 @@ class GraphWriter:
     def __init__(self, part: Part, batch: int) -> None:
         self.part, self.batch = part, batch
         self.quantized = part.precision == "int8"
+        #: Whether what flows between operators is uint8.
+        self.integer_stream = self.quantized and not any(getattr(op, "float_stream", False) for op in part.ops)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.rng = np.random.default_rng(zlib.crc32(part.key.encode()))
         self.input = "x"
         self._scales: dict[float, list[str]] = {}
+        self._through_uint8: dict[str, str] = {}
 
     def constant(self, array: npt.NDArray[np.generic]) -> str:
         """Add an initializer and return its name."""
@@ -159,7 +164,7 @@ class GraphWriter:
         top = np.maximum(np.abs(weight).reshape(shape[0], -1).max(1), 1e-6)
         scale = (top / 127).astype(np.float32)
         stored = np.clip(np.round(weight / scale.reshape(-1, *[1] * (len(shape) - 1))), -127, 127).astype(np.int8)
-        bias_scale = (scale * (6.0 / 255)).astype(np.float32)
+        bias_scale = (scale * INPUT_SCALE).astype(np.float32)
         stored_bias = np.round(bias / bias_scale).astype(np.int32)
         w = self._dequantized_weight(stored, scale, np.zeros(shape[0], np.int8))
         b = self._dequantized_weight(stored_bias, bias_scale, np.zeros(shape[0], np.int32))
@@ -171,9 +176,27 @@ class GraphWriter:
         inputs = [self.constant(stored), self.constant(scale), self.constant(zero)]
         return self.node("DequantizeLinear", inputs, axis=0)
 
+    def linear(self, x: str, fan_in: int, fan_out: int) -> str:
+        """A linear layer on float rows; where the part is int8, a product of integers with a float result."""
+        if self.quantized:
+            x = self._rounded(x)
+        return self.node("Gemm", [x, *self.weights((fan_out, fan_in))], transB=1)
+
+    def _rounded(self, x: str) -> str:
+        """A float tensor through uint8 and back, once for all of its readers."""
+        if x not in self._through_uint8:
+            scale = [self.constant(np.array(INPUT_SCALE, np.float32)), self.constant(np.array(128, np.uint8))]
+            stored = self.node("QuantizeLinear", [x, *scale])
+            self._through_uint8[x] = self.node("DequantizeLinear", [stored, *scale])
+        return self._through_uint8[x]
+
+    def reshaped(self, x: str, shape: Shape) -> str:
+        """Another shape of the same numbers, for any batch."""
+        return self.node("Reshape", [x, self.constant(np.array([-1, *shape], np.int64))])
+
     def activation(self, x: str, kind: str) -> str:
         """Activation; in int8 the clamp is the quantisation itself, as the runtime's quantiser writes it."""
-        if self.quantized:
+        if self.integer_stream:
             quantized = self.node("QuantizeLinear", [x, *self.activation_scale(6.0)])
             return self.node("DequantizeLinear", [quantized, *self.activation_scale(6.0)])
         if kind == "relu6":
@@ -186,26 +209,30 @@ class GraphWriter:
     def model(self) -> onnx.ModelProto:
         """The finished, checked model."""
         part = self.part
-        u8_in = self.quantized or part.ops[0].text == "dequantize"
-        u8_out = self.quantized or part.ops[-1].text == "quantize"
+        u8_in = self.integer_stream or part.ops[0].text == "dequantize"
+        u8_out = self.integer_stream or part.ops[-1].text == "quantize"
         x = "x"
-        if self.quantized:
+        if self.integer_stream:
             x = self.input = self.node("DequantizeLinear", ["x", *self.activation_scale(6.0)])
         for op, shape in zip(part.ops, part._shapes(), strict=False):
             x = op.emit(self, x, shape)
-        if self.quantized:
+        if self.integer_stream:
             # The last DequantizeLinear belongs to the neighbour: an int8 part ends in uint8.
             x = self.nodes.pop().input[0]
         graph = helper.make_graph(
             self.nodes,
             "part",
-            [helper.make_tensor_value_info("x", _dtype(u8_in), [self.batch, *part.shape])],
-            [helper.make_tensor_value_info(x, _dtype(u8_out), [self.batch, *part.out_shape])],
+            [helper.make_tensor_value_info("x", _dtype(u8_in), self._dims(part.shape))],
+            [helper.make_tensor_value_info(x, _dtype(u8_out), self._dims(part.out_shape))],
             self.initializers,
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
         onnx.checker.check_model(model)
         return model
+
+    def _dims(self, shape: Shape) -> list[int]:
+        """Tokens of all samples are rows of one matrix, as they flow through a whole net."""
+        return [self.batch * shape[0], shape[1]] if len(shape) == 2 else [self.batch, *shape]
 
 
 def _dtype(quantized: bool) -> int:

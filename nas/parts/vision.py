@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,12 +71,68 @@ class Conv:
 
 @dataclass(frozen=True)
 class AddInput(Weightless):
-    """Residual connection: adds the part's own input."""
+    """Residual connection: adds the part's own input; then the optional activation, as in :class:`Conv`."""
 
-    text: str = "+in"
+    activation: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"+in.{self.activation}" if self.activation else "+in"
 
     def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
-        return graph.activation(graph.node("Add", [x, graph.input]), "")
+        return graph.activation(graph.node("Add", [x, graph.input]), self.activation)
+
+
+@dataclass(frozen=True)
+class AddProjected(Weightless):
+    """Residual connection across shapes: adds a 1×1 convolution of the part's own input (He et al. 2016, eq. 2).
+
+    Args:
+        in_channels: channels of the part's input.
+        stride: of the projection; its output has the shape of what it is added to.
+        activation: after the addition, as in :class:`Conv`.
+    """
+
+    in_channels: int
+    stride: int = 1
+    activation: str = ""
+
+    @property
+    def text(self) -> str:
+        stride = f"s{self.stride}" if self.stride > 1 else ""
+        return f"+conv1{stride}.{self.activation}" if self.activation else f"+conv1{stride}"
+
+    def macs(self, shape: Shape) -> int:
+        return self.in_channels * int(np.prod(shape))
+
+    def params(self, shape: Shape) -> int:
+        return shape[0] * (self.in_channels + 1)
+
+    def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
+        projection = Conv(shape[0], 1, self.stride)
+        projected = projection.emit(graph, graph.input, graph.part.shape)
+        return graph.activation(graph.node("Add", [x, projected]), self.activation)
+
+
+@dataclass(frozen=True)
+class MaxPool(Weightless):
+    """Maximum over a window with an odd side, padded by half of it."""
+
+    kernel: int = 3
+    stride: int = 2
+
+    @property
+    def text(self) -> str:
+        return f"max{self.kernel}s{self.stride}"
+
+    def out_shape(self, shape: Shape) -> Shape:
+        pad = self.kernel // 2
+        height, width = ((side + 2 * pad - self.kernel) // self.stride + 1 for side in shape[1:])
+        return (shape[0], height, width)
+
+    def emit(self, graph: GraphWriter, x: str, shape: Shape) -> str:
+        window: dict[str, Any] = {"kernel_shape": [self.kernel] * 2, "strides": [self.stride] * 2}
+        return graph.activation(graph.node("MaxPool", [x], pads=[self.kernel // 2] * 4, **window), "")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,30 @@ def export_float(model: nn.Module, sample: torch.Tensor) -> onnx.ModelProto:
             model.eval(), (sample,), buffer, dynamo=False, opset_version=OPSET,
             input_names=[INPUT], output_names=[OUTPUT],
         )  # fmt: skip
-    return free_batch(onnx.load_from_string(buffer.getvalue()))
+    exported = onnx.load_from_string(buffer.getvalue())
+    _name_linear_weights(exported, model)
+    return free_batch(exported)
+
+
+def _name_linear_weights(exported: onnx.ModelProto, model: nn.Module) -> None:
+    """Give the transposed weights of linear layers their names back; the exporter numbers them.
+
+    That happens where a layer becomes a MatMul: without a bias, or on more than two dimensions.
+    """
+    known = {
+        layer.weight.detach().t().contiguous().numpy().tobytes(): f"{name}.weight"
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+    names = {tensor.name: tensor.name for tensor in exported.graph.initializer}
+    for tensor in exported.graph.initializer:
+        if tensor.name.startswith("onnx::MatMul"):
+            wanted = known.get(numpy_helper.to_array(tensor).tobytes(), tensor.name)
+            if wanted not in names:
+                names[tensor.name] = names[wanted] = tensor.name = wanted
+    for node in exported.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = names.get(name, name)
 
 
 def free_batch(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -107,19 +130,31 @@ def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
 
 
 def onnx_macs_params(model: onnx.ModelProto) -> tuple[int, int]:
-    """MACs of one sample and deployed parameters (weights and biases) counted on the exported graph itself."""
-    shapes = _shapes(model)
+    """MACs of one sample and deployed parameters counted on the exported graph itself.
+
+    MACs are those of convolutions and matrix products, attention's products of two activations among them. Parameters
+    are their weights and biases, the scale and offset of layer normalisations, and tensors that are added (a linear
+    layer's bias stands in an addition of its own, and so do learnt positions).
+    """
+    single = onnx.ModelProto()
+    single.CopyFrom(model)
+    for value in (*single.graph.input, *single.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    shapes = _shapes(single)
     sizes = {t.name: tuple(t.dims) for t in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type in ("DequantizeLinear", "Identity") and node.input[0] in sizes:  # Identity: merged
             sizes[node.output[0]] = sizes[node.input[0]]
     macs = params = 0
     for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[1] not in sizes:
+        if node.op_type not in ("Conv", "Gemm", "MatMul", "LayerNormalization", "Add"):
             continue
-        weight, out = sizes[node.input[1]], shapes[node.output[0]]
-        # A convolution repeats its weight at every position, a matrix product at every row beside the batch's.
-        repeats = out[2:] if node.op_type == "Conv" else out[1:-1]
-        macs += int(np.prod(weight)) * int(np.prod(repeats))
-        params += sum(int(np.prod(sizes[name])) for name in node.input[1:] if name in sizes)
+        params += sum(int(np.prod(sizes[name])) for name in node.input if name in sizes)
+        if node.op_type == "Conv":
+            # The weight is repeated at every position.
+            macs += int(np.prod(sizes[node.input[1]])) * int(np.prod(shapes[node.output[0]][2:]))
+        elif node.op_type in ("Gemm", "MatMul"):
+            factor = sizes.get(node.input[1]) or shapes[node.input[1]]
+            transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+            macs += int(np.prod(shapes[node.output[0]])) * factor[-1 if transposed else -2]
     return macs, params
