@@ -25,6 +25,7 @@ from nas.space import Genomes, SearchSpace, Value
 
 Array = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.intp]
 NOISE = 1e-9  # of a cost's largest entry: below it a difference is one of rounding
 DENSE = 1_000_000  # entries of a table over the genes of several sites; beyond, the sites are looked up one by one
 SAMPLE = 20_000  # genomes that shares are counted over; spaces that are no larger are counted whole
@@ -98,6 +99,11 @@ class Masks:
     ) -> None:
         self.space, self.costs = space, tuple(costs)
         self.moves, self.forms = tuple(moves), tuple(forms)
+        # By move, those that may become due when it is made.
+        self._follows = [
+            [i for i, other in enumerate(self.moves) if other is not move and move.changes & other.reads]
+            for move in self.moves
+        ]
 
     def repair(self, genomes: Genomes) -> Genomes:
         """The genomes ``[n, choices]`` with every masked gene at its plain value.
@@ -117,20 +123,17 @@ class Masks:
 
     def _settle(self, columns: Genomes) -> None:
         """Repair ``columns [choices, n]`` in place."""
-        moves, rows, current = self.moves, np.arange(columns.shape[1]), columns
-        while moves:
-            changed = np.zeros(current.shape[1], dtype=bool)
-            made = []
-            for move in moves:
-                switched = move.apply(current)
-                if switched is not None:
-                    made.append(move)
-                    changed |= switched
-            if current is not columns:
-                columns[:, rows] = current
-            # Only what reads a gene that another move has changed since can have become due.
-            moves = tuple(m for m in self.moves if any(o is not m and o.changes & m.reads for o in made))
-            rows, current = rows[changed], current[:, changed]
+        n = columns.shape[1]
+        due: list[Bools | None] = [np.ones(n, dtype=bool)] * len(self.moves)  # columns in which a move may be due
+        while any(where is not None for where in due):
+            for turn, move in enumerate(self.moves):
+                where, due[turn] = due[turn], None
+                if where is None:
+                    continue
+                switched = move.apply(columns, None if where.all() else np.flatnonzero(where))
+                for other in self._follows[turn] if switched is not None else ():
+                    before = due[other]
+                    due[other] = switched if before is None else before | switched
 
 
 class Move:
@@ -192,38 +195,38 @@ class Move:
         masked[tuple(self.plain.get(gene, slice(None)) for gene in union)] = False
         return deciding_genes(union, masked)
 
-    def masked(self, columns: Genomes) -> Bools:
-        """Where the move is due in ``columns [choices, n]``, dormant genes aside."""
+    def apply(self, columns: Genomes, rows: Rows | None = None) -> Bools | None:
+        """Make the move in ``columns [choices, n]`` where it is due; returns where it was made ``[n]``, if anywhere.
+
+        Args:
+            rows: the columns to look at; all by default.
+        """
+        due = self._due(columns, np.arange(columns.shape[1]) if rows is None else rows, everywhere=rows is None)
+        if not len(due):
+            return None
+        switched = np.zeros(columns.shape[1], dtype=bool)
+        active = None if self.changes <= self._certain else self.space.active(columns[:, due].T).T
+        for gene, plain in self.plain.items():
+            where = columns[gene, due] != plain
+            if gene not in self._certain and active is not None:
+                where &= active[gene]
+            columns[gene, due[where]] = plain
+            switched[due[where]] = True
+        return switched if switched.any() else None
+
+    def _due(self, columns: Genomes, rows: Rows, everywhere: bool) -> Rows:
+        """Those of the ``rows`` in which the move is due, dormant genes aside."""
         if self._table is not None:
-            return np.asarray(self._table.take(_index(columns, self._genes, self._strides)))
-        due = np.any([columns[gene] != plain for gene, plain in self.plain.items()], axis=0)
-        rows = np.flatnonzero(due)
-        some = columns[:, rows]
+            index = _index(columns, self._genes, self._strides, None if everywhere else rows)
+            return rows[self._table.take(index)]
+        forms = np.sum([columns[gene, rows] != plain for gene, plain in self.plain.items()], axis=0)
+        rows = rows[forms > (len(self.plain) > 1)]  # a single form of several choices is the choice's own move
         saved = np.zeros((len(self.noise), len(rows)))
         for site, values in self._differences:
-            index = _index(some, site.genes.tolist(), site.strides.tolist())
+            index = _index(columns, site.genes.tolist(), site.strides.tolist(), rows)
             for cost in range(len(self.noise)):
                 saved[cost] += values[:, cost].take(index)
-        due[rows] = (saved >= -self.noise[:, None]).all(axis=0)
-        return np.asarray(due)
-
-    def apply(self, columns: Genomes) -> Bools | None:
-        """Make the move in ``columns`` where it is due; returns the columns that it changed, ``[n]``, if any."""
-        due = self.masked(columns)
-        if not due.any():
-            return None
-        switched = np.zeros(len(due), dtype=bool)
-        active = None
-        for gene, plain in self.plain.items():
-            where = due & (columns[gene] != plain)
-            if gene not in self._certain:
-                if active is None:
-                    active = np.ones(columns.shape, dtype=bool)
-                    active[:, due] = self.space.active(columns[:, due].T).T
-                where &= active[gene]
-            switched |= where
-            columns[gene, where] = plain
-        return switched if switched.any() else None
+        return rows[(saved >= -self.noise[:, None]).all(axis=0)]
 
 
 def find_masks(space: SearchSpace, estimator: CostEstimator, costs: Iterable[str]) -> Masks:
@@ -300,10 +303,11 @@ def _difference(tabulated: SiteCosts, plain: dict[int, int], sizes: npt.NDArray[
     return np.asarray(difference)
 
 
-def _index(columns: Genomes, genes: Sequence[int], strides: Sequence[int]) -> npt.NDArray[np.int64]:
-    index = np.zeros(columns.shape[1], dtype=np.int64)
+def _index(columns: Genomes, genes: Sequence[int], strides: Sequence[int], rows: Rows | None) -> Rows:
+    """Entry of a table over ``genes`` for every column, or for some ``rows`` of them."""
+    index = np.zeros(columns.shape[1] if rows is None else len(rows), dtype=np.intp)
     for gene, stride in zip(genes, strides, strict=True):
-        index += columns[gene] * stride if stride != 1 else columns[gene]
+        index += (columns[gene] if rows is None else columns[gene].take(rows)) * stride
     return index
 
 
