@@ -95,8 +95,9 @@ class Masks:
     """
 
     def __init__(
-        self, space: SearchSpace, costs: Sequence[str] = (), moves: Iterable[Move] = (), forms: Iterable[MaskedForm] = ()
-    ) -> None:
+        self, space: SearchSpace, costs: Sequence[str] = (), moves: Iterable[Move] = (),
+        forms: Iterable[MaskedForm] = (),
+    ) -> None:  # fmt: skip
         self.space, self.costs = space, tuple(costs)
         self.moves, self.forms = tuple(moves), tuple(forms)
         # By move, those that may become due when it is made.
@@ -131,7 +132,9 @@ class Masks:
                 if where is None:
                     continue
                 switched = move.apply(columns, None if where.all() else np.flatnonzero(where))
-                for other in self._follows[turn] if switched is not None else ():
+                if switched is None:
+                    continue
+                for other in self._follows[turn]:
                     before = due[other]
                     due[other] = switched if before is None else before | switched
 

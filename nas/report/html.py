@@ -18,6 +18,7 @@ from nas.report.words import (
     baseline_sentences,
     budget_lines,
     limit_words,
+    mask_sentences,
     metric,
     table_sentence,
     why_sentences,
@@ -39,6 +40,7 @@ def render(summary: dict[str, Any]) -> str:
             _why(summary),
             _trace(summary, drawings),
             _calibration(summary, drawings),
+            _masks(summary),
             _provenance(summary),
             _trials(summary),
         ],
@@ -167,6 +169,17 @@ def _calibration(summary: Record, drawings: Fragments) -> Html:
         "points as errors of the prediction."
     )
     return section("Can the latency table be trusted?", drawings.html(calibration(summary)), lead=[lead])
+
+
+def _masks(summary: Record) -> Html:
+    found = part(summary, "masks")
+    if not found:
+        return Html("")
+    forms = records(found, "forms")
+    return section(
+        "Compression that does not pay on this device", *([tables.masks(found)] if forms else []),
+        lead=mask_sentences(summary),
+    )  # fmt: skip
 
 
 def _provenance(summary: Record) -> Html:
