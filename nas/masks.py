@@ -114,10 +114,10 @@ class Masks:
         a cost in the objective, and the result depends on no other row. Dormant genes stay as they are, and do not
         matter: canonical forms of repaired genomes are repaired.
         """
-        repaired = np.array(np.atleast_2d(genomes), dtype=np.int64)
+        repaired = np.array(np.atleast_2d(genomes), dtype=np.int64, order="C")
         if self.moves:
             for start in range(0, len(repaired), CHUNK):
-                columns = np.ascontiguousarray(repaired[start : start + CHUNK].T)
+                columns = np.array(repaired[start : start + CHUNK].T, order="C")
                 self._settle(columns)
                 repaired[start : start + CHUNK] = columns.T
         return repaired
@@ -335,7 +335,7 @@ class _Counted:
 
     def due(self, move: Move) -> Bools:
         """Which of them the move would change, ``[n]``."""
-        columns = np.ascontiguousarray(self.genomes.T)
+        columns = np.array(self.genomes.T, order="C")  # a copy, which the move changes
         switched = move.apply(columns)
         return np.zeros(len(self.genomes), dtype=bool) if switched is None else switched
 
