@@ -38,8 +38,8 @@ def check_strategy(make: Make, *, asks: int = 20_000) -> None:
 
     Proposals are numbered, in range and repaired; they are a function of the seed and of the calls before; those of a
     batch differ, as canonical genomes or in fidelity, from each other and from all that is under way, and telling
-    releases them; outcomes without a reward, from elsewhere, or none at all are taken, and left as they are; memory does not
-    grow.
+    releases them; outcomes without a reward, from elsewhere, or none at all are taken, and left as they are; memory
+    does not grow.
 
     Args:
         make: ``(domain, seed)`` → a fresh strategy.
