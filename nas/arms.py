@@ -12,6 +12,7 @@ from nas.errors import StudyError
 from nas.executors import Executor
 from nas.experiment import Experiment
 from nas.latency import CostEstimator, LatencyTable
+from nas.masks import Masks
 from nas.progress import Progress
 from nas.reward import Limit, Reward, violation
 from nas.student.finalists import Entrant, Finalist, Session, judge, measure_models, train_finalists
@@ -30,8 +31,9 @@ def search_arm(
     estimator: CostEstimator,
     limits: tuple[Limit, ...],
     reward: Reward,
+    masks: Masks,
 ) -> tuple[list[Trial], Counts]:
-    """Run one search; ``random`` is the baseline with the same budget, screening and training."""
+    """Run one search; ``random`` is the baseline with the same budget, screening, masks and training."""
     e = job.experiment
     job.progress.stage("search" if arm == "search" else f"baseline: {arm} search")
     kind, settings = (e.strategy.kind, e.strategy.settings) if arm == "search" else ("random", {})
@@ -44,7 +46,8 @@ def search_arm(
     controller = SearchController(
         space=job.space,
         strategy=job.strategy(
-            kind, settings, e.seed if arm == "search" else e.seed + 10_000, objective(estimator, limits, reward)
+            kind, settings, e.seed if arm == "search" else e.seed + 10_000, objective(estimator, limits, reward),
+            masks,
         ),
         estimator=estimator,
         executor=executor,
@@ -94,7 +97,10 @@ def entrants(
 
 
 def _uniform(job: Job, estimator: CostEstimator, limits: tuple[Limit, ...], count: int) -> list[Entrant]:
-    """Up to ``count`` uniformly compressed members within the budget, the slowest that it admits among them."""
+    """Up to ``count`` uniformly compressed members within the budget, the slowest that it admits among them.
+
+    They are what people do by hand, so nothing of them is masked.
+    """
     members = np.array([job.space.encode(c) for c in job.space.uniform()])
     costs = estimator.price(members)
     feasible = np.flatnonzero(violation(costs, estimator.costs, limits) == 0)

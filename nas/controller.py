@@ -87,9 +87,10 @@ class SearchController:
         batch: candidates asked at a time. It fixes the order of telling, so it is part of the experiment and
             not of the machine: any number of workers gives the same search.
         on_trial: called after each evaluation with the trial.
-        enqueue: candidates that are evaluated before the strategy is asked, in full; what one leaves open is drawn
-            uniformly until it meets the limits. The strategy is told of them as "enqueued". Those that cannot meet
-            the limits are not evaluated, but listed in ``ruled_out``.
+        enqueue: candidates that are evaluated before the strategy is asked, in full, as they are asked for; what one
+            leaves open is drawn uniformly until it meets the limits, and repaired as proposals are. The strategy is
+            told of them as "enqueued". Those that cannot meet the limits are not evaluated, but listed in
+            ``ruled_out``.
         earlier: another search's trials over the same space, told as "earlier" before anything else. Their
             qualities are believed, their costs and rewards are those of this search. They are no trials of it, and
             their candidates may be evaluated again.
@@ -177,8 +178,10 @@ class SearchController:
     def _complete(self, number: int, candidate: Mapping[str, Value]) -> _Priced:
         """An enqueued candidate with the choices that it leaves open drawn; numbered below the strategy's own."""
         genomes = self.space.sample(np.random.default_rng((self.strategy.seed, number)), COMPLETIONS)
-        for gene, value in self.space.encode_partly(candidate).items():
-            genomes[:, gene] = value
+        fixed = self.space.encode_partly(candidate)
+        genomes[:, list(fixed)] = list(fixed.values())
+        genomes = self.strategy.domain.repair(genomes)
+        genomes[:, list(fixed)] = list(fixed.values())
         index = np.full(COMPLETIONS, number - len(self.enqueue))
         drawn = self._price(Proposals(index, genomes, np.ones(COMPLETIONS)), ENQUEUED)
         if (drawn.violation > 0).all():

@@ -16,6 +16,7 @@ from nas.errors import ExperimentError
 from nas.tabular import PublishedSpace
 
 SCHEMA = "docs/experiment.md"
+FIRST = ("enqueue", "earlier")
 
 
 class Section(BaseModel):
@@ -135,7 +136,8 @@ class BudgetSection(Section):
 class SearchSection(Section):
     """How much is tried, and what is known or wanted before the strategy is asked.
 
-    ``batch``, ``enqueue`` and ``earlier`` belong to the experiment; ``workers`` to the machine (0: this process).
+    ``batch``, ``mask``, ``enqueue`` and ``earlier`` belong to the experiment; ``workers`` to the machine (0: this
+    process).
     """
 
     trials: int = Field(24, ge=1)
@@ -143,6 +145,7 @@ class SearchSection(Section):
     batch: int = Field(4, ge=1)
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     retries: int = Field(0, ge=0, le=1)
+    mask: bool = True
     enqueue: tuple[dict[str, bool | int | float | str], ...] = ()
     earlier: tuple[str, ...] = ()
 
@@ -225,7 +228,8 @@ class Experiment(Section):
             plain.pop(section)
         plain["table"] = {"path": self.table.path, "others": self.table.others}
         search = plain["search"]
-        plain["search"] = {"batch": search["batch"], **{k: search[k] for k in ("enqueue", "earlier") if search[k]}}
+        # What is left out where it is not set was not there once: runs begun before it can be gone on with.
+        plain["search"] = {"batch": search["batch"], **{k: search[k] for k in ("mask", *FIRST) if search[k]}}
         return plain
 
 
@@ -305,6 +309,17 @@ def load_any(source: str | Path | dict[str, Any], overrides: list[str] | None = 
     if not isinstance(source, dict):
         raw["space"].setdefault("folder", str(Path(origin).parent))
     return _validated(LookupExperiment, raw, origin)
+
+
+def begun(schema: type[Section], kept: Any) -> Any:
+    """The experiment of a run folder by its own schema, as it was begun: before there were masks, without them.
+
+    Raises:
+        ValidationError: it is none.
+    """
+    if isinstance(kept, dict):
+        kept = {**kept, "search": {"mask": False, **(kept.get("search") or {})}}
+    return schema.model_validate(kept)
 
 
 def _is_published(raw: dict[str, Any]) -> bool:

@@ -10,8 +10,9 @@ import torch
 
 from nas.evaluators.train import Recipe
 from nas.experiment import Experiment
-from nas.job import Job
+from nas.job import COSTS, Job
 from nas.latency import CostEstimator
+from nas.masks import note
 from nas.reward import Limit, violation
 from nas.space import Candidate
 from nas.student.tables import find_table
@@ -62,26 +63,29 @@ def _table(job: Job) -> tuple[list[str], float, Candidate]:
         return [*notes, line], seconds, job.space.decode(genomes[0])
     estimator = job.estimator(table)
     costs = estimator.price(genomes)
-    limits, assumed = _limits(job, estimator)
+    limits, whole, assumed = _limits(job, estimator)
     feasible = violation(costs, estimator.costs, limits) == 0
     lines = [*notes, f"table {table.name} ({len(table.entries)} parts)"]
     count = feasible.mean() * job.space.size
     lines.append(f"{100 * feasible.mean():.1f} % of the space, about {count:,.0f} genomes, meets the budget{assumed}")
     if not feasible.any():
         job.check_budget(estimator, limits)
+    if masked := note(job.masks(estimator, limits, job.reward(limits, whole)), most=100):
+        lines.append(masked)
     among = np.flatnonzero(feasible) if feasible.any() else np.arange(len(genomes))
     middle = among[np.argsort(costs[among, 0])[len(among) // 2]]
     return lines, 0.0, job.space.decode(genomes[middle])
 
 
-def _limits(job: Job, estimator: CostEstimator) -> tuple[tuple[Limit, ...], str]:
-    """Budgets; shares of a teacher that is not trained yet are taken of the family's second largest member."""
+def _limits(job: Job, estimator: CostEstimator) -> tuple[tuple[Limit, ...], dict[str, float], str]:
+    """Budgets and the teacher's costs; of one that is not trained yet, those of the family's second largest member."""
     budget = job.experiment.budget
     ladder = job.space.ladder()
     whole = estimator.price(job.space.encode(ladder[max(0, len(ladder) - 2)]))[0].tolist()
     relative = isinstance(budget.latency, str) or isinstance(budget.size, str)
     assumed = " (of a teacher of the usual size; it is not measured yet)" if relative else ""
-    return job.limits(dict(zip(estimator.costs, whole, strict=True))), assumed
+    named = dict(zip(estimator.costs, whole, strict=True))
+    return job.limits(named), {cost: named[cost] for cost in COSTS}, assumed
 
 
 def _steps(job: Job, recipe: Recipe) -> int:

@@ -173,7 +173,7 @@ def enumerated(name: str, function: Callable[[Candidate], T], choices: Sequence[
     reads = np.array([[g in read for g in genes] for _, _, read in leaves], dtype=bool)
     return Compiled(
         np.array(genes, dtype=np.intp),
-        _strides(shape),
+        strides_of(shape),
         tuple(leaves[i][1] for i in leaf.ravel()),
         reads[leaf.ravel()],
     )
@@ -188,7 +188,7 @@ def _require_small(name: str, shape: list[int]) -> None:
         )
 
 
-def _strides(shape: Sequence[int]) -> npt.NDArray[np.int64]:
+def strides_of(shape: Sequence[int]) -> npt.NDArray[np.int64]:
     """Of a table in row-major order."""
     return np.array([math.prod(shape[i + 1 :]) for i in range(len(shape))], dtype=np.int64)
 
@@ -215,7 +215,7 @@ class Dormancy:
         self._strides = np.zeros((decided_by, len(conditions), 1), dtype=np.int64)
         for row, (_, deciding) in enumerate(conditions):
             self._deciding[: len(deciding), row] = deciding
-            self._strides[: len(deciding), row, 0] = _strides(cardinalities[list(deciding)].tolist())
+            self._strides[: len(deciding), row, 0] = strides_of(cardinalities[list(deciding)].tolist())
         tables = [table.ravel() for table in conditions.values()]
         self._holds = np.concatenate([np.zeros(0, dtype=bool), *tables])
         sizes = np.array([0, *(len(table) for table in tables)], dtype=np.int64)
@@ -248,13 +248,13 @@ def _conditions(
         for column, gene in enumerate(function.genes.tolist()):
             if always[gene]:
                 continue
-            deciding, table = _deciding(function.genes.tolist(), function.reads[:, column].reshape(shape))
+            deciding, table = deciding_genes(function.genes.tolist(), function.reads[:, column].reshape(shape))
             table = found[gene, deciding] = found.get((gene, deciding), np.False_) | table
             always[gene] = table.all()
     return always, {key: found[key] for key in sorted(found) if not always[key[0]]}
 
 
-def _deciding(genes: list[int], table: npt.NDArray[np.bool_]) -> tuple[tuple[int, ...], npt.NDArray[np.bool_]]:
+def deciding_genes(genes: list[int], table: npt.NDArray[np.bool_]) -> tuple[tuple[int, ...], npt.NDArray[np.bool_]]:
     """The genes that make a difference to ``table``, which has one axis per gene, and the table over those alone."""
     kept: list[int] = []
     for gene in genes:

@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from nas.errors import BudgetError, ExperimentError, StudyError, TableError
 from nas.evaluators import Distil
 from nas.evaluators.train import Lessons, Recipe
 from nas.executors import Executor, Processes, Serial, cores
-from nas.experiment import Experiment, LookupExperiment
+from nas.experiment import Experiment, LookupExperiment, begun
 from nas.files import digest, write_atomic, write_json
 from nas.latency import AdditiveEstimator, CostEstimator, Device, LatencyTable, SeveralDevices, on_device
 from nas.latency.estimator import LATENCIES
@@ -38,6 +38,7 @@ from nas.latency.measure import Timing
 from nas.latency.profile import Effort, describe
 from nas.latency.refine import Measured, Refinement, refined
 from nas.locks import cache_dir, cache_lock, run_lock
+from nas.masks import Masks, find_masks, note
 from nas.progress import Progress, Silent
 from nas.reward import Limit, Reward, rewards, violation
 from nas.settings import construct
@@ -61,6 +62,7 @@ class Outcome:
     trials: dict[str, list[Trial]]
     counts: Counts
     entrants: list[Entrant]
+    masks: Masks
     finalists: list[Finalist]
     timings: dict[str, Timing]
     refinement: Refinement
@@ -284,16 +286,38 @@ class Job:
             targets[self.latency] = section.target
         first = {self.latency: targets.pop(self.latency)}  # what a reward of one cost reads
         reward = construct(rewards.get(section.kind), section.settings, first | targets, where="reward")
-        reward.columns(
-            (*COSTS, *(on_device(cost, name) for name in self.experiment.table.others for cost in LATENCIES))
-        )
+        reward.columns(self.costs)
         return reward
 
     def check_keys(self) -> None:
         """Construct reward and strategy: a wrong key is said now, and not after the teacher's training."""
         whole = dict.fromkeys(COSTS, 1.0)
         self.reward(self.limits(whole), whole)
-        self.strategy(self.experiment.strategy.kind, self.experiment.strategy.settings, self.experiment.seed)
+        _ = self._minimised
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """Names of all costs: this device's, then the others'."""
+        return (*COSTS, *(on_device(cost, name) for name in self.experiment.table.others for cost in LATENCIES))
+
+    @property
+    def _minimised(self) -> tuple[str, ...]:
+        """Costs that the strategy minimises, whatever the reward reads."""
+        section, n = self.experiment.strategy, len(self.costs)
+        anything = Objective(
+            self.costs, lambda genomes: np.ones((len(genomes), n)), lambda costs: np.zeros(len(costs)), lambda q, _: q
+        )
+        return self.strategy(section.kind, section.settings, self.experiment.seed, anything).minimises
+
+    def masks(self, estimator: CostEstimator, limits: Sequence[Limit], reward: Reward) -> Masks:
+        """What no cost in the objective prefers to its plain form: those with a limit, or that reward or strategy read.
+
+        A function of the table, the space and what the run's identity holds, so that a resume has the same.
+        """
+        if not self.experiment.search.mask:
+            return Masks(self.space)
+        read = {*(limit.cost for limit in limits), *reward.costs, *self._minimised}
+        return find_masks(self.space, estimator, [cost for cost in estimator.costs if cost in read])
 
     def check_budget(self, estimator: CostEstimator, limits: tuple[Limit, ...]) -> float:
         """Share of the space that meets the budget by prediction.
@@ -328,10 +352,15 @@ class Job:
             self.space.encode_partly(candidate)
         _ = self.earlier
 
-    def strategy(self, kind: str, settings: dict[str, Any], seed: int, objective: Objective | None = None) -> Strategy:
+    def strategy(
+        self, kind: str, settings: dict[str, Any], seed: int, objective: Objective | None = None,
+        masks: Masks | None = None,
+    ) -> Strategy:  # fmt: skip
         """A strategy over this space's genes."""
         ordered = np.array([choice.ordered for choice in self.space.choices])
         domain = Domain(self.space.cardinalities, ordered, self.space.active, self.space.kinds, objective)
+        if masks is not None and masks.moves:
+            domain = replace(domain, repair=masks.repair)
         return construct(strategies.get(kind), settings, domain, seed, where="strategy")
 
     def warn(self, text: str) -> None:
@@ -360,7 +389,7 @@ def open_run(experiment: Experiment | LookupExperiment, run: Path, resume: bool)
         )
     if kept.exists():
         # Before anything is overwritten: table, teacher and budget in the folder belong to what was begun there.
-        before = type(experiment).model_validate(yaml.safe_load(kept.read_text())).identity
+        before = begun(type(experiment), yaml.safe_load(kept.read_text())).identity
         now = experiment.identity
         if changed := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
             raise StudyError(
@@ -397,18 +426,21 @@ def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress
         share = job.check_budget(estimator, screen)
         job.progress.note(_budget_text(limits, share))
         reward = job.reward(limits, whole)
+        masks = job.masks(estimator, screen, reward)
+        if masks.forms:
+            job.progress.note(note(masks))
         lessons = Lessons.prepare(job.task, teacher.module, experiment.training.views, experiment.seed)
         student = Distil(job.space, job.task, lessons, job.recipe, experiment.seed)
         with job.executor(student) as workers:
             arms = ["search", *(["random"] if "random" in experiment.baselines else [])]
-            found = {arm: search_arm(job, arm, workers, estimator, screen, reward) for arm in arms}
+            found = {arm: search_arm(job, arm, workers, estimator, screen, reward, masks) for arm in arms}
             trials = {arm: trials for arm, (trials, _) in found.items()}
             chosen = entrants(job, trials, estimator, screen)
             finalists, session = measure_finalists(job, chosen, workers, reward, limits, table)
         winner = choose(finalists, job.warn)
         refinement = close_loop(job, table, finalists, session)
         outcome = Outcome(
-            trials, found["search"][1], chosen, finalists, session.timings, refinement, winner,
+            trials, found["search"][1], chosen, masks, finalists, session.timings, refinement, winner,
             time.monotonic() - start, job.warnings,
         )  # fmt: skip
         return deliver(job, student, teacher, table, limits, reward, outcome)

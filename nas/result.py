@@ -247,6 +247,10 @@ def _summary(
             "asked": outcome.counts.asked, "infeasible": outcome.counts.infeasible,
             "duplicates": outcome.counts.duplicates,
         },
+        "masks": {
+            "on": job.experiment.search.mask, "costs": list(outcome.masks.costs),
+            "forms": [form.plain_form() for form in outcome.masks.forms],
+        },
         "student_dir": str(job.run / "student"),
     }  # fmt: skip
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from nas.genes import Compiled
 from nas.latency.fit import LinearFit
 from nas.latency.table import LatencyTable
 from nas.parts import Part
@@ -26,6 +27,23 @@ class CostEstimator(Protocol):
 
     def price(self, genomes: Genomes) -> Array:
         """Costs of ``genomes [n, choices]`` → ``[n, len(costs)]``."""
+
+
+class SiteCosts(NamedTuple):
+    """A site as a table over the genes that it reads, and what each entry adds to the costs, ``[entries, k]``."""
+
+    site: Compiled[Any]
+    costs: Array
+
+
+@runtime_checkable
+class Additive(Protocol):
+    """An estimator whose prices are a constant and a sum over sites."""
+
+    costs: tuple[str, ...]
+
+    def by_site(self) -> list[SiteCosts]:
+        """What every site adds; columns are those of ``price``."""
 
 
 class AdditiveEstimator:
@@ -70,6 +88,13 @@ class AdditiveEstimator:
             out[start : start + CHUNK] = total.T
         return out
 
+    def by_site(self) -> list[SiteCosts]:
+        """What every site adds to the costs, a table each."""
+        return [
+            SiteCosts(site, values)
+            for site, (_, _, values) in zip(self.space.compiled, self._sites, strict=True)
+        ]
+
     def price_slowly(self, candidate: Candidate) -> Array:
         """The same by definition, part by part: what :meth:`price` must equal to float precision."""
         return self._constant + self._value(tuple(self.space.parts(candidate)))
@@ -105,6 +130,16 @@ class SeveralDevices:
     def price(self, genomes: Genomes) -> Array:
         """Costs ``[n, len(self.costs)]`` of ``genomes [n, choices]``."""
         return np.concatenate([estimator.price(genomes) for estimator in self._estimators], axis=1)
+
+    def by_site(self) -> list[SiteCosts]:
+        """What every site adds to the costs on all devices; nothing where one of them is no sum over sites."""
+        tables = [estimator.by_site() for estimator in self._estimators if isinstance(estimator, Additive)]
+        if len(tables) < len(self._estimators):
+            return []
+        return [
+            SiteCosts(same[0].site, np.concatenate([one.costs for one in same], axis=1))
+            for same in zip(*tables, strict=True)
+        ]
 
 
 def on_device(cost: str, name: str) -> str:

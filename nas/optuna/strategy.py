@@ -93,6 +93,9 @@ class OptunaStrategy(Strategy):
     model of a Gaussian process; to other samplers it is a failed trial. Violations are told as log(1 + violation):
     finite, and in the same order. No constraint is set where nothing of a random sample of the space breaks a budget.
 
+    Where proposals are repaired, the sampler is told the outcome under what it drew: to it, masked values are as good
+    as the plain ones in their place.
+
     The study keeps every trial, and a sampler's time to propose grows with their number.
 
     Args:
@@ -111,6 +114,7 @@ class OptunaStrategy(Strategy):
     ) -> None:
         super().__init__(domain, seed)
         self.objectives = tuple(objectives)
+        self.minimises = tuple(name for name in self.objectives if name not in (QUALITY, REWARD))
         self._columns = _columns(self.objectives, domain)
         self._sign = np.array([-1.0 if name in (QUALITY, REWARD) else 1.0 for name in self.objectives])
         self._worst = np.full(len(self.objectives), np.nan)

@@ -16,6 +16,11 @@ def percent(value: float | None, digits: int = 1) -> str:
     return UNKNOWN if value is None else f"{100 * value:.{digits}f} %"
 
 
+def change(value: float | None) -> str:
+    """A relative difference with its sign: ``+12.0 %``."""
+    return UNKNOWN if value is None else f"{100 * value:+.1f} %".replace("-", "−")
+
+
 def points(value: float) -> str:
     """A difference of two fractions in percentage points, with its sign."""
     return f"{100 * value:+.1f} points".replace("-", "−")

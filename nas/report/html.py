@@ -19,6 +19,7 @@ from nas.report.words import (
     budget_lines,
     limit_words,
     loop_sentence,
+    mask_sentences,
     metric,
     table_sentence,
     why_sentences,
@@ -40,6 +41,7 @@ def render(summary: dict[str, Any]) -> str:
             _why(summary),
             _trace(summary, drawings),
             _calibration(summary, drawings),
+            _masks(summary),
             _provenance(summary),
             _trials(summary),
         ],
@@ -170,6 +172,17 @@ def _calibration(summary: Record, drawings: Fragments) -> Html:
     loop = part(part(summary, "table"), "finalists")
     checked = [paragraphs([loop_sentence(summary)]), tables.corrections(loop)] if loop else []
     return section("Can the latency table be trusted?", drawings.html(calibration(summary)), *checked, lead=[lead])
+
+
+def _masks(summary: Record) -> Html:
+    found = part(summary, "masks")
+    if not found:
+        return Html("")
+    forms = records(found, "forms")
+    return section(
+        "Compression that does not pay on this device", *([tables.masks(found)] if forms else []),
+        lead=mask_sentences(summary),
+    )  # fmt: skip
 
 
 def _provenance(summary: Record) -> Html:

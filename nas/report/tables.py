@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nas.report.formats import UNKNOWN, duration, kib, milliseconds, percent, score, text
+from nas.report.formats import UNKNOWN, change, cost_name, duration, kib, milliseconds, percent, score, text
 from nas.report.markup import Html, pairs, safe, table, tag
 from nas.report.summary import Record, meets, number, part, ranked, records, rows_in_order, whole
 from nas.report.terminal import COLUMNS, row_cells
@@ -26,6 +26,24 @@ def finalists(summary: Record) -> Html:
     head += ["predicted ms", "p50 ms", "p95 ms", "noise", "size KiB", "budget"]
     marked = ["student" if item.get("winner") else "" for item in items]
     return table(head, map(_finalist, items), marked=marked)
+
+
+def masks(found: Record) -> Html:
+    """Compression forms that no cost in the objective prefers, the most general first."""
+    costs = [str(cost) for cost in found.get("costs") or []]
+
+    def place(form: Record) -> tuple[bool, float]:
+        return not form.get("everywhere"), -(number(form, "share") or 0.0)
+
+    forms = sorted(records(found, "forms"), key=place)
+    head = ["form", "masked", *(f"what it adds: {cost_name(cost)}" for cost in costs), "instead"]
+    return table(head, (_mask(form, costs) for form in forms), class_="narrow")
+
+
+def _mask(form: Record, costs: Sequence[str]) -> list[object]:
+    excess = part(form, "excess")
+    added = [change(number(excess, cost)) for cost in costs]
+    return [text(form.get("name")), text(form.get("scope")), *added, text(form.get("plain"))]
 
 
 def _finalist(item: Record) -> list[object]:

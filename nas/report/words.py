@@ -216,3 +216,20 @@ def rank_sentence(value: float | None) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def mask_sentences(summary: Record) -> list[str]:
+    """What was masked before the search, and by what measure."""
+    found = part(summary, "masks")
+    costs = " or ".join(cost_name(str(cost)) for cost in found.get("costs") or [])
+    if found.get("on") is False:
+        return ["Nothing was masked: search.mask is false."]
+    if not records(found, "forms"):
+        why = f": by the latency table every compression form lowers {costs} wherever it is offered" if costs else ""
+        return [f"Nothing was masked{why}."]
+    return [
+        f"By the latency table these forms do not lower {costs or 'any cost'}, all else equal, so the search put the "
+        "uncompressed form in their place before anything was trained. What they add is the average over the "
+        "candidates where they were masked. Candidates keep their identity: what was evaluated here serves other "
+        "devices too."
+    ]

@@ -44,6 +44,10 @@ def _everything(genomes: Genomes) -> npt.NDArray[np.bool_]:
     return np.ones(np.atleast_2d(genomes).shape, dtype=bool)
 
 
+def _unchanged(genomes: Genomes) -> Genomes:
+    return genomes
+
+
 @dataclass(frozen=True)
 class Domain:
     """What a strategy knows of a space.
@@ -55,6 +59,10 @@ class Domain:
         kinds: choices of one kind take the same values in the same role (the kernel size of every block): equal
             numbers, ``[choices]``. None: nothing is known, every choice is of its own kind.
         objective: what is known of the objective beforehand; None where costs are part of the unknown.
+        repair: genomes ``[n, choices]`` → those that are proposed in their place, which are their own repair: values
+            that cannot pay on this device give way to plain ones (:mod:`nas.masks`). No cost that counts rises by it.
+            :meth:`Strategy.ask` repairs whatever is proposed; a strategy that prices or compares what it draws repairs
+            it first.
     """
 
     cardinalities: npt.NDArray[np.int64]
@@ -62,6 +70,12 @@ class Domain:
     active: Callable[[Genomes], npt.NDArray[np.bool_]] = _everything
     kinds: npt.NDArray[np.int64] | None = None
     objective: Objective | None = None
+    repair: Callable[[Genomes], Genomes] = _unchanged
+
+    @property
+    def repairs(self) -> bool:
+        """Whether anything is repaired."""
+        return self.repair is not _unchanged
 
     def canonical(self, genomes: Genomes) -> Genomes:
         """The genomes with every dormant gene at 0: equal rows have equal quality."""
@@ -128,9 +142,10 @@ class Strategy(abc.ABC):
 
     Contract: the proposals are a function of the seed and of the calls before; what proposal *n* draws is a
     function of (seed, *n*) (:class:`~nas.strategies.draws.Draws`). Proposals that are under way (asked for and not
-    yet told) are not proposed again at the same fidelity while anything else can be drawn. Outcomes that were not
-    "asked" may be told at any time. Memory does not grow with what is asked. ``nas.testing.check_strategy`` tests it
-    for any implementation.
+    yet told) are not proposed again at the same fidelity while anything else can be drawn. What is proposed is repaired
+    (:attr:`Domain.repair`), and its outcome is that of the repaired genome. Outcomes that were not "asked" may be told
+    at any time, repaired or not. Memory does not grow with what is asked. ``nas.testing.check_strategy`` tests it for
+    any implementation.
 
     A subclass implements :meth:`propose` and :meth:`learn`; one that asks for less than the full training overrides
     :meth:`propose_at` too.
@@ -145,6 +160,8 @@ class Strategy(abc.ABC):
 
     def __init__(self, domain: Domain, seed: int = 0) -> None:
         self.domain, self.seed = domain, seed
+        #: Costs that it minimises for their own sake, whatever the reward reads.
+        self.minimises: tuple[str, ...] = ()
         self._asked = 0
         self._waiting: dict[int, bytes] = {}  # number → key (genome, fidelity) of what is asked for and not yet told
         self._taken: Counter[bytes] = Counter()  # keys under way, and those retired
@@ -164,7 +181,8 @@ class Strategy(abc.ABC):
         for attempt in range(REDRAWS):
             if not len(left):
                 break
-            genomes[left], fidelity[left] = self.propose_at(Draws(self.seed, index[left], attempt))
+            drawn, fidelity[left] = self.propose_at(Draws(self.seed, index[left], attempt))
+            genomes[left] = self.domain.repair(drawn)
             left = self._reserve(Proposals(index, genomes, fidelity), left, last=attempt == REDRAWS - 1)
         return Proposals(index, genomes, fidelity)
 

@@ -82,6 +82,8 @@ class Halving(Strategy):
             raise ExperimentError(
                 "strategy: halving wraps halving.", expected="a strategy that asks for full trainings"
             )
+        whole_front = domain.objective.costs if by == "front" and domain.objective is not None else ()
+        self.minimises = tuple(dict.fromkeys((*whole_front, *self.wrapped.minimises)))
         self.eta, self.teach = eta, teach
         self.rungs = [_Rung(lowest ** (1 - r / (rungs - 1)), by) for r in range(rungs)]
         self._elsewhere = _Rung(1.0, by)

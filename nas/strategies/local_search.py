@@ -102,12 +102,18 @@ class LocalSearch(Strategy):
             self._begin()
 
     def _neighbours(self, genome: Genomes) -> dict[bytes, Genomes]:
-        """Affordable genomes that differ from ``genome`` in one gene that is not dormant, by canonical form."""
+        """Affordable genomes that differ from ``genome`` in one gene that is not dormant, by canonical form.
+
+        They are repaired; what a repair turns back into ``genome`` is none of them.
+        """
         sizes = np.where(self.domain.active(genome[None])[0], self.domain.cardinalities, 1)
         genes = np.repeat(np.arange(len(sizes)), sizes - 1)
         jumps = np.concatenate([np.arange(1, size) for size in sizes]).astype(np.int64)
         rows = np.tile(genome, (len(genes), 1))
         rows[np.arange(len(genes)), genes] = (genome[genes] + jumps) % sizes[genes]
+        if self.domain.repairs:
+            rows = self.domain.repair(rows)
+            rows = rows[(self.domain.canonical(rows) != self.domain.canonical(genome[None])).any(axis=1)]
         if self.domain.objective is not None:
             rows = rows[self.domain.objective.violation(self.domain.objective.price(rows)) <= 0]
         return {key.tobytes(): row for key, row in zip(self.domain.canonical(rows), rows, strict=True)}

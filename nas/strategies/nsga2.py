@@ -56,6 +56,7 @@ class NSGA2(Strategy):
         check_variation(domain, crossover)
         self.size, self.crossover = population, crossover
         self.objectives = _objectives(domain, objectives)
+        self.minimises = tuple(name for name in self.objectives or () if name not in ("reward", "quality"))
         self._told = 0
         self._keep(np.zeros((0, len(domain.cardinalities)), dtype=np.int64), np.zeros((0, 0)), np.zeros(0))
 

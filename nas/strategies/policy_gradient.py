@@ -68,6 +68,12 @@ class PolicyGradient(Strategy):
     ∇log π' = ∇log π − ∇log Z, and the second term, the same for every sample, is cancelled in expectation by the
     baseline: E[(U − b) ∇log Z] = 0 where b = E[U]. So it is left out, and what is ruled out carries no gradient.
 
+    **Repairs.** A draw is repaired first, and what was evaluated is what is credited, under its own probability: log π
+    of the plain value, not of the masked one that was drawn. That is biased, because plain values are then met more
+    often than π draws them. But it moves the policy by what was really tried, the baseline cancels the bias in the
+    mean, and where a masked value is not masked it keeps its own record. (Crediting what was drawn would be unbiased,
+    and would need what no record holds: a replay knows only what was evaluated.)
+
     **Utilities.** Rewards enter by rank only, ``u ∝ max(0, log(n/2 + 1) − log(rank))`` with mean 0 over the
     memory, equal rewards sharing their mean (fitness shaping: Wierstra et al. 2014, "Natural Evolution Strategies",
     section 3.1). So rewards may be of any scale and sign, a few disasters do not hide the differences between good
@@ -122,7 +128,7 @@ class PolicyGradient(Strategy):
 
     def propose(self, draws: Draws) -> Genomes:
         d, flatter = len(self.domain.cardinalities), FLATTER ** (4 * draws.attempt)
-        genomes = self.policy.sample(draws.uniform(d), flatter)
+        genomes = self.domain.repair(self.policy.sample(draws.uniform(d), flatter))
         flatter *= FLATTER**self._repeats
         violation, hopeless = self._judge(genomes)
         left = np.flatnonzero(hopeless)
@@ -131,7 +137,7 @@ class PolicyGradient(Strategy):
                 break
             # Attempts from REDRAWS on are not the contract's: numbers that are drawn nowhere else.
             fresh = Draws(draws.seed, draws.index[left], REDRAWS * 2 * more + draws.attempt)
-            flat = self.policy.sample(fresh.uniform(more * d).reshape(-1, d), heat * flatter)
+            flat = self.domain.repair(self.policy.sample(fresh.uniform(more * d).reshape(-1, d), heat * flatter))
             broken, hopeless = self._judge(flat)
             broken, hopeless = broken.reshape(-1, more), hopeless.reshape(-1, more)
             chosen = np.where(hopeless.all(axis=1), broken.argmin(axis=1), hopeless.argmin(axis=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -128,13 +129,14 @@ class Surrogate(Strategy):
         """``n`` random genomes, feasible ones if any are found; else of the least violation that a walk finds."""
         sizes = self.domain.cardinalities
         if self.domain.objective is None or not n:
-            return rng.integers(0, sizes, size=(n, len(sizes)))
-        found = rng.integers(0, sizes, size=(max(SAMPLE, n), len(sizes)))
+            return self.domain.repair(rng.integers(0, sizes, size=(n, len(sizes))))
+        found = self.domain.repair(rng.integers(0, sizes, size=(max(SAMPLE, n), len(sizes))))
         violation = self._violation(found)
         for _ in range(len(sizes)):
             if (violation <= 0).sum() >= n:
                 break
             moved = mutate(found, Draws(int(rng.integers(2**62)), np.arange(len(found))), self.domain)
+            moved = self.domain.repair(moved)
             after = self._violation(moved)
             better = after < violation
             found, violation = np.where(better[:, None], moved, found), np.where(better, after, violation)
@@ -163,13 +165,14 @@ class Surrogate(Strategy):
 
     @property
     def _everything(self) -> Pool | None:
-        """All feasible canonical genomes of a small space."""
+        """All feasible canonical genomes of a small space, repaired."""
         if int(np.prod(self.domain.cardinalities, dtype=object)) > ENUMERABLE:
             return None
         if self._whole is None:
             sizes = self.domain.cardinalities
             genomes = np.indices(tuple(sizes.tolist())).reshape(len(sizes), -1).T
-            pool = self._foresight.pool(np.unique(self.domain.canonical(genomes), axis=0))
+            repaired = self.domain.repair(genomes)
+            pool = self._foresight.pool(np.unique(self.domain.canonical(repaired), axis=0))
             self._whole = pool.rows(pool.violation <= 0)
         return self._whole if len(self._whole) else None
 
@@ -203,8 +206,7 @@ class Surrogate(Strategy):
 
     def _walk(self, model: QualityModel, rng: np.random.Generator) -> Pool:
         """Feasible genomes that a fresh instance of the wrapped strategy visits on the model's word."""
-        d = self.domain
-        searcher = self._inner(Domain(d.cardinalities, d.ordered, d.active, d.kinds), int(rng.integers(2**31)))
+        searcher = self._inner(replace(self.domain, objective=None), int(rng.integers(2**31)))
         # The best come last: what forgets, forgets them last.
         start = np.concatenate([self._random(rng, ELITE), self.archive.best(ELITE)[::-1]])
         visited = [self._answer(searcher, model, start, None)]

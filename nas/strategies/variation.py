@@ -20,6 +20,7 @@ def vary(first: Genomes, second: Genomes, draws: Draws, domain: Domain, mating: 
     """Children ``[n, choices]``: with probability ``mating`` a crossover of both parents, else the first, mutated.
 
     One gene is mutated, and three times in ten another: a single change cannot leave where every neighbour is known.
+    Children are repaired; one that a repair turns back into a parent is mutated again, up to eight times.
     """
     children = first
     if mating > 0:
@@ -28,6 +29,18 @@ def vary(first: Genomes, second: Genomes, draws: Draws, domain: Domain, mating: 
     children = mutate(children, draws, domain)
     again = np.flatnonzero(draws.uniform(1)[:, 0] < AGAIN)
     children[again] = mutate(children[again], draws.rows(again), domain)
+    return _unlike(first, second, domain.repair(children), draws, domain) if domain.repairs else children
+
+
+def _unlike(first: Genomes, second: Genomes, children: Genomes, draws: Draws, domain: Domain) -> Genomes:
+    """The repaired ``children``, those that equal a parent mutated anew."""
+    left = np.arange(len(children))
+    for _ in range(TRIES):
+        same = (children[left] == first[left]).all(axis=1) | (children[left] == second[left]).all(axis=1)
+        left, draws = left[same], draws.rows(np.flatnonzero(same))
+        if not len(left):
+            break
+        children[left] = domain.repair(mutate(children[left], draws, domain))
     return children
 
 
@@ -67,12 +80,12 @@ def crossover(first: Genomes, second: Genomes, draws: Draws, domain: Domain) -> 
 
 
 def affordable(draw: Callable[[Draws], Genomes], draws: Draws, domain: Domain) -> Genomes:
-    """What ``draw`` gives, drawn again up to eight times where the known costs break a budget.
+    """What ``draw`` gives, repaired, drawn again up to eight times where the known costs break a budget.
 
     Where nothing is known beforehand, or where no try is feasible, the least violating one is returned: whoever
     evaluates rules it out, which costs no training either.
     """
-    genomes, objective = draw(draws), domain.objective
+    genomes, objective = domain.repair(draw(draws)), domain.objective
     if objective is None:
         return genomes
     genomes = genomes.copy()
@@ -82,7 +95,7 @@ def affordable(draw: Callable[[Draws], Genomes], draws: Draws, domain: Domain) -
     for _ in range(TRIES):
         if not len(left):
             break
-        tried = draw(draws)
+        tried = domain.repair(draw(draws))
         found = objective.violation(objective.price(tried))
         better = found < violation[left]
         genomes[left[better]], violation[left[better]] = tried[better], found[better]

@@ -6,7 +6,7 @@ import copy
 import gc
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +34,12 @@ BYTES_PER_ASK = 8.0
 
 
 def check_strategy(make: Make, *, asks: int = 20_000) -> None:
-    """Check a strategy on domains with ordered, dormant and single-valued genes, with and without known prices.
+    """Check a strategy on domains with ordered, dormant, single-valued and masked genes, with and without known prices.
 
-    Proposals are numbered and in range; they are a function of the seed and of the calls before; those of a batch
-    differ, as canonical genomes or in fidelity, from each other and from all that is under way, and telling releases
-    them; outcomes without a reward, from elsewhere, or none at all are taken, and left as they are; memory does not
-    grow.
+    Proposals are numbered, in range and repaired; they are a function of the seed and of the calls before; those of a
+    batch differ, as canonical genomes or in fidelity, from each other and from all that is under way, and telling
+    releases them; outcomes without a reward, from elsewhere, or none at all are taken, and left as they are; memory
+    does not grow.
 
     Args:
         make: ``(domain, seed)`` → a fresh strategy.
@@ -92,7 +92,16 @@ def _worlds() -> dict[str, _World]:
         mask[:, 0] = True
         return np.asarray(mask)
 
-    def world(sizes: list[int], shown: int, budget: float | None = None, dormant: bool = False) -> _World:
+    def masked(genomes: Genomes) -> Genomes:
+        """The third gene is 0 wherever the first is odd; the fifth keeps its lower values only."""
+        repaired = np.array(genomes, dtype=np.int64)
+        repaired[:, 2] *= repaired[:, 0] % 2 == 0
+        repaired[:, 4] *= repaired[:, 4] < 2
+        return repaired
+
+    def world(
+        sizes: list[int], shown: int, budget: float | None = None, dormant: bool = False, repaired: bool = False
+    ) -> _World:
         cardinalities = np.array(sizes, dtype=np.int64)
         ordered = np.arange(len(sizes)) % 2 == 0
         plain = Domain(cardinalities, ordered, by_depth) if dormant else Domain(cardinalities, ordered)
@@ -110,7 +119,8 @@ def _worlds() -> dict[str, _World]:
             violation=lambda c: np.maximum(c[:, 0] / limit - 1.0, 0.0),
             reward=lambda quality, c: quality - 0.001 * c[:, 0],
         )
-        return _World(Domain(cardinalities, ordered, plain.active, np.arange(len(sizes)), objective), costs, dormant)
+        known = Domain(cardinalities, ordered, plain.active, np.arange(len(sizes)), objective)
+        return _World(replace(known, repair=masked) if repaired else known, costs, dormant)
 
     return {
         "all genes active": world([4, 3, 5, 2, 4, 3, 6, 2], shown=1),
@@ -118,6 +128,7 @@ def _worlds() -> dict[str, _World]:
         "one gene": world([400], shown=2),
         "dormant genes": world([4, 3, 5, 2, 4, 1, 6, 3], shown=1, dormant=True),
         "known prices and dormant genes": world([4, 3, 5, 2, 4, 1, 6, 3], shown=2, budget=0.6, dormant=True),
+        "masked values": world([4, 3, 5, 2, 4, 1, 6, 3], shown=2, budget=0.6, dormant=True, repaired=True),
     }
 
 
@@ -145,6 +156,11 @@ def _require_valid(proposals: Proposals, first: int, n: int, domain: Domain, whe
     require(np.issubdtype(genomes.dtype, np.integer), f"{where}: genomes of type {genomes.dtype}, not integers.")
     require(
         bool(((genomes >= 0) & (genomes < domain.cardinalities)).all()), f"{where}: a gene is out of range: {genomes}."
+    )
+    repaired = domain.repair(genomes)
+    require(
+        np.array_equal(repaired, genomes),
+        f"{where}: {genomes.tolist()} is proposed, whose repair is {repaired.tolist()}.",
     )
     require(
         fidelity.shape == (n,) and bool(((fidelity > 0) & (fidelity <= 1)).all()),
