@@ -50,7 +50,7 @@ def test_price_by_hand() -> None:
 
 def test_without_a_correction_it_is_the_plain_sum() -> None:
     space = TinySpace()
-    table = replace(synthetic_table(space), fits={"latency_ms": LinearFit()})
+    table = replace(synthetic_table(space), fits={"latency_ms": LinearFit()}, nets=[])
     estimator = AdditiveEstimator(space, table, ("latency_ms",))
     genomes = space.sample(np.random.default_rng(1), 50)
     for genome, price in zip(genomes, estimator.price(genomes), strict=True):
@@ -125,3 +125,37 @@ def test_pricing_is_fast() -> None:
     start = time.perf_counter()
     estimator.price(genomes)
     assert time.perf_counter() - start < 2.0
+
+
+def test_a_peak_is_the_largest_parts_and_no_sum() -> None:
+    space = TinySpace()
+    estimator = AdditiveEstimator(space, synthetic_table(space), ("latency_ms", "peak_bytes"))
+    genomes = space.sample(np.random.default_rng(0), 100)
+    prices = estimator.price(genomes)
+    for genome, price in zip(genomes, prices, strict=True):
+        parts = space.parts(space.decode(genome))
+        assert price[1] == max(part.peak_bytes() for part in parts)
+        np.testing.assert_allclose(price, estimator.price_slowly(space.decode(genome)), rtol=1e-12)
+    assert all((site.costs[:, 1] == 0).all() for site in estimator.by_site())
+
+
+def test_energy_is_summed_where_it_was_metered_and_refused_where_it_was_not() -> None:
+    space = TinySpace()
+    table = synthetic_table(space)
+    with pytest.raises(TableError, match=r"has no energies: no meter here"):
+        AdditiveEstimator(space, replace(table, energy="no meter here"), ("energy_mj",))
+    metered = replace(table, entries={k: replace(e, energy_mj=2.0) for k, e in table.entries.items()})
+    estimator = AdditiveEstimator(space, metered, ("energy_mj",))
+    for genome in space.sample(np.random.default_rng(0), 20):
+        parts = space.parts(space.decode(genome))
+        assert estimator.price(genome)[0, 0] == 2.0 * sum(part.count for part in parts)
+
+
+def test_no_correction_runs_through_zero() -> None:
+    """A fit from large networks may take more from a small one than it has."""
+    space = TinySpace()
+    table = synthetic_table(space)
+    absurd = replace(table, fits={**table.fits, "latency_ms": LinearFit(per_net=-100.0)})
+    prices = AdditiveEstimator(space, absurd).price(space.sample(np.random.default_rng(0), 50))
+    np.testing.assert_allclose(prices[:, 0], 0.1 * table.nets[0].measured_ms)
+    assert (prices[:, :3] > 0).all()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from nas.errors import TableError
 from nas.genes import Compiled
 from nas.latency.fit import LinearFit
 from nas.latency.table import LatencyTable
@@ -16,7 +17,10 @@ from nas.space import Candidate, Genomes, SearchSpace
 
 Array = npt.NDArray[np.float64]
 COSTS = ("latency_ms", "latency_p95_ms", "size_bytes", "macs", "params")
+PEAK, ENERGY = "peak_bytes", "energy_mj"
+FURTHER = (PEAK, ENERGY)  # priced where they are asked for: activations at their most, millijoules of a call
 LATENCIES = ("latency_ms", "latency_p95_ms")  # the costs that differ from device to device
+LEAST = 0.1
 CHUNK = 8192  # rows whose index and sum stay in the processor's cache
 
 
@@ -52,10 +56,13 @@ class AdditiveEstimator:
     Args:
         space: the space whose sites are compiled.
         table: has an entry for every key of the space.
-        costs: columns to price, from :data:`COSTS`.
+        costs: columns to price, from :data:`COSTS` and :data:`FURTHER`.
+
+    Prices of ``peak_bytes`` are the largest part's and not a sum; those of ``energy_mj`` are plain sums. A latency is
+    at least :data:`LEAST` of the fastest network that was measured: a correction may not run through zero.
 
     Raises:
-        TableError: a key of the space is missing.
+        TableError: a key of the space is missing, or energies are asked for and were not metered.
     """
 
     def __init__(self, space: SearchSpace, table: LatencyTable, costs: tuple[str, ...] = COSTS) -> None:
@@ -63,6 +70,13 @@ class AdditiveEstimator:
         keys = space.keys()
         if missing := table.missing(list(keys)):
             raise table.lacks(missing, len(keys), space.name)
+        if ENERGY in costs and any(table.entries[key].energy_mj is None for key in keys):
+            raise TableError(
+                f"Table {table.name!r} has no energies: {table.energy or 'they were not metered'}.",
+                remedy="profile where RAPL or NVML can be read, or leave energy out of the objective",
+            )
+        self._floor = _floor(table)
+        self._peaks = np.array([cost == PEAK for cost in costs])
         self._sites = [
             (site.genes, site.strides, np.array([self._value(parts) for parts in site.values]))
             for site in space.compiled
@@ -84,34 +98,58 @@ class AdditiveEstimator:
                     np.multiply(block[gene], stride, out=term)
                     index += term
                 for row in range(len(self.costs)):
-                    total[row] += values[:, row].take(index)
+                    if self._peaks[row]:
+                        np.maximum(total[row], values[:, row].take(index), out=total[row])
+                    else:
+                        total[row] += values[:, row].take(index)
             out[start : start + CHUNK] = total.T
-        return out
+        return self._floored(out)
 
     def by_site(self) -> list[SiteCosts]:
-        """What every site adds to the costs, a table each."""
+        """What every site adds to the costs, a table each; a peak is no sum, and adds nothing."""
         return [
-            SiteCosts(site, values)
+            SiteCosts(site, np.where(self._peaks, 0.0, values))
             for site, (_, _, values) in zip(self.space.compiled, self._sites, strict=True)
         ]
 
     def price_slowly(self, candidate: Candidate) -> Array:
         """The same by definition, part by part: what :meth:`price` must equal to float precision."""
-        return self._constant + self._value(tuple(self.space.parts(candidate)))
+        return self._floored(self._constant + self._value(tuple(self.space.parts(candidate))))
+
+    def _floored(self, costs: Array) -> Array:
+        for column, cost in enumerate(self.costs):
+            if cost in LATENCIES:
+                costs[..., column] = np.maximum(costs[..., column], self._floor)
+        return costs
 
     def _value(self, parts: tuple[Part, ...]) -> Array:
-        return np.array([sum(self._part_cost(part, cost) for part in parts) for cost in self.costs], dtype=np.float64)
+        together = [max if cost == PEAK else sum for cost in self.costs]
+        return np.array(
+            [
+                f([self._part_cost(part, cost) for part in parts] or [0.0])
+                for f, cost in zip(together, self.costs, strict=True)
+            ],
+            dtype=np.float64,
+        )
 
     def _part_cost(self, part: Part, cost: str) -> float:
         if cost == "macs":
             return float(part.macs)
         if cost == "params":
             return float(part.params)
+        if cost == PEAK:
+            return float(part.peak_bytes(int(self.table.device.get("batch") or 1)))
+        if cost == ENERGY:
+            return part.count * float(self.table.entry(part.key).energy_mj or 0.0)
         fit = self.table.fits.get(cost, LinearFit())
         return part.count * fit.part(part_value(self.table, part, cost), part)
 
     def _per_net(self, cost: str) -> float:
         return self.table.fits[cost].per_net if cost in self.table.fits else 0.0
+
+
+def _floor(table: LatencyTable) -> float:
+    return LEAST * min((net.measured_ms for net in table.nets if net.measured_ms > 0), default=0.0)
 
 
 class SeveralDevices:
