@@ -42,7 +42,7 @@ class MaskedForm:
         plain: what stands in its place.
         share: of the candidates that have this form, how many are better off without it.
         everywhere: whether that is known of all of them.
-        excess: cost in the objective → what the form adds to it on average over those, relative.
+        excess: cost in the objective → what the form adds to its average over those, relative.
         where: value of another choice → share there, of the choice (``by``) that it depends on most.
     """
 
@@ -367,13 +367,14 @@ class _Counted:
         return MaskedForm(names, None, value, share, False, self._excess(due, move.plain))
 
     def _excess(self, rows: Bools, plain: dict[int, int]) -> dict[str, float]:
-        """Mean relative difference of the costs from those with the plain values."""
+        """How far the mean costs are above those with the plain values, relative."""
         some = self.genomes[rows]
         without = some.copy()
         for gene, index in plain.items():
             without[:, gene] = index
-        ratio = self.estimator.price(some)[:, self.columns] / self.estimator.price(without)[:, self.columns]
-        return dict(zip(self.costs, (ratio.mean(axis=0) - 1).tolist(), strict=True))
+        now, then = (self.estimator.price(genomes)[:, self.columns].mean(axis=0) for genomes in (some, without))
+        # A fit to noise may predict what is no cost; nothing is relative to that.
+        return {name: float(a / b) - 1 for name, a, b in zip(self.costs, now, then, strict=True) if b > 0}
 
     def _where(self, gene: int, having: Bools, due: Bools) -> tuple[str, dict[Value, float]]:
         """The other choice between whose values the share differs most, and its shares, if that tells much."""

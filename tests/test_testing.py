@@ -166,6 +166,15 @@ class Misnumbered(RandomSearch):
         return dataclasses.replace(super().ask(n), index=np.arange(n))
 
 
+class Unrepaired(RandomSearch):
+    """Proposes what was drawn, whatever cannot pay on the device."""
+
+    def ask(self, n: int = 1) -> Proposals:
+        proposals = super().ask(n)
+        drawn = Draws(self.seed, proposals.index).integers(self.domain.cardinalities)
+        return dataclasses.replace(proposals, genomes=drawn) if self.domain.repairs else proposals
+
+
 class Repetitive(RandomSearch):
     """Proposes from a handful of genomes."""
 
@@ -222,6 +231,7 @@ class Retaining(RandomSearch):
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
+        (Unrepaired, "whose repair is"),
         (Global, "two instances propose"),
         (Unseeded, "two seeds"),
         (OutOfRange, "out of range"),
