@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +19,12 @@ from nas.latency.interpolate import grid
 from nas.latency.measure import MIN_ROUNDS
 from nas.latency.runtimes import Runner
 from nas.locks import timing_lock
-from nas.parts import Conv, Part
+from nas.parts import PRECISIONS, Conv, Part
 from nas.space import Genomes, SearchSpace
 
 YARDSTICK = Part((Conv(32, 3, activation="relu6"),), (32, 12, 12))
 CALLS = 5
+POOL = 40  # candidates a calibration network is chosen from
 ROUNDS = 2 * MIN_ROUNDS  # that every part should get; with less the table says what noise it has
 FEWER_ROUNDS = MIN_ROUNDS + 1  # before parts are left out: what is interpolated is further off than what is noisy
 PILOTS, PILOT_NETS = 32, 6
@@ -89,12 +91,30 @@ class Plan:
 
 
 def calibration_genomes(space: SearchSpace, n: int, seed: int = 0) -> Genomes:
-    """``n`` genomes spread evenly over the space's range of MACs, so that fits see small and large nets."""
+    """``n`` genomes by rising MACs from which sums of parts can be corrected anywhere in the space.
+
+    Half are spread evenly over its range of MACs. The others are in turn the farthest from all that were taken
+    (Gonzalez 1985), in MACs, traffic, weights, number of parts and share of int8: what corrections are made of.
+    """
     rng = np.random.default_rng(seed)
-    pool = space.canonical(space.sample(rng, 40 * n))
-    macs = np.array([sum(part.macs for part in space.parts(space.decode(row))) for row in pool])
-    order = np.argsort(macs, kind="stable")
-    return pool[order[np.linspace(0, len(pool) - 1, n).round().astype(int)]]
+    pool = np.unique(space.canonical(space.sample(rng, POOL * n)), axis=0)
+    where = np.array([_coordinates(space.parts(space.decode(row))) for row in pool])
+    order = np.argsort(where[:, 0], kind="stable")
+    taken = np.unique(order[np.linspace(0, len(pool) - 1, n - n // 2).round().astype(int)]).tolist()
+    spread = np.where(where.std(axis=0) > 1e-9, where.std(axis=0), 1.0)
+    where = where / spread
+    distance = np.min([((where - where[i]) ** 2).sum(axis=1) for i in taken], axis=0)
+    while len(taken) < min(n, len(pool)):
+        taken.append(int(distance.argmax()))
+        distance = np.minimum(distance, ((where - where[taken[-1]]) ** 2).sum(axis=1))
+    return pool[np.array(taken)[np.argsort(where[taken, 0], kind="stable")]]
+
+
+def _coordinates(parts: Sequence[Part]) -> list[float]:
+    macs, int8 = (sum(part.macs for part in parts if part.precision in kinds) for kinds in (PRECISIONS, ("int8",)))
+    traffic, weights = sum(p.count * p.traffic for p in parts), sum(p.weight_bytes for p in parts)
+    sizes = macs, traffic, weights, sum(p.count for p in parts)
+    return [*(math.log(1 + size) for size in sizes), int8 / max(macs, 1)]
 
 
 def load_yardstick(device: Device) -> Runner:
