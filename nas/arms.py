@@ -149,8 +149,8 @@ def measure_finalists(
         if not table.entry(part.key).measured
     }  # fmt: skip
     seconds = job.experiment.finalists.seconds
-    session = measure_models(models, job.device, seconds, job.progress.update, unmeasured)
-    return judge(entrants, facts, session.timings, folder, reward, limits), session
+    session = measure_models(models, job.device, seconds, job.progress.update, unmeasured, job.alternatives)
+    return judge(entrants, facts, session, folder, reward, limits), session
 
 
 class _Watch:

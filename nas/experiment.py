@@ -50,7 +50,10 @@ class SpaceSection(OpenSection):
 
 
 class DeviceSection(Section):
-    """What the latencies are measured on."""
+    """What the latencies are measured on.
+
+    ``alternatives`` are further runtimes, ``RUNTIME`` or ``RUNTIME/PROVIDER``, that a student may run in instead.
+    """
 
     name: str = ""
     threads: int = Field(1, ge=1)
@@ -58,6 +61,12 @@ class DeviceSection(Section):
     runtime: str = "onnxruntime"
     provider: str = ""
     graph: str = ""
+    alternatives: tuple[str, ...] = ()
+
+    @property
+    def scenario(self) -> dict[str, Any]:
+        """What makes the device, without the alternatives to it."""
+        return self.model_dump(exclude={"alternatives"})
 
 
 DeviceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,15 @@ from nas.evaluators.train import Lessons, Recipe
 from nas.executors import Executor, Processes, Serial, cores
 from nas.experiment import Experiment, LookupExperiment, begun
 from nas.files import digest, write_atomic, write_json
-from nas.latency import AdditiveEstimator, CostEstimator, Device, LatencyTable, SeveralDevices, on_device
+from nas.latency import (
+    AdditiveEstimator,
+    CostEstimator,
+    Device,
+    FastestRuntime,
+    LatencyTable,
+    SeveralDevices,
+    on_device,
+)
 from nas.latency.estimator import LATENCIES
 from nas.latency.fit import FitError
 from nas.latency.measure import Timing
@@ -64,7 +73,7 @@ class Outcome:
     entrants: list[Entrant]
     masks: Masks
     finalists: list[Finalist]
-    timings: dict[str, Timing]
+    session: Session
     refinement: Refinement
     winner: Finalist
     seconds: float
@@ -104,7 +113,26 @@ class Job:
     @cached_property
     def device(self) -> Device:
         """This machine in the experiment's scenario."""
-        return Device.local(**self.experiment.device.model_dump())
+        return Device.local(**self.experiment.device.scenario)
+
+    @cached_property
+    def alternatives(self) -> dict[str, Device]:
+        """This machine with the other runtimes that a student may run in, by the experiment's names for them.
+
+        Raises:
+            ExperimentError: one is the device's own runtime, or there twice.
+        """
+        section, found = self.experiment.device, {}
+        for name in section.alternatives:
+            runtime, _, provider = name.partition("/")
+            found[name] = Device.local(**{**section.scenario, "name": "", "runtime": runtime, "provider": provider})
+        fingerprints = [self.device.fingerprint, *(device.fingerprint for device in found.values())]
+        if len(set(fingerprints)) < 1 + len(section.alternatives):
+            raise ExperimentError(
+                f"device.alternatives {list(section.alternatives)} names a runtime twice, or the device's own.",
+                expected=f"runtimes other than {section.runtime!r}, each once",
+            )
+        return found
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -146,36 +174,40 @@ class Job:
 
     def table(self, executor: Executor) -> LatencyTable:
         """The latency table: the run's own copy on a resume, else found, else built and cached."""
+        return self._table(executor, self.device, self.run / "table.json", self.experiment.table.path)
+
+    def alternative_tables(self, executor: Executor) -> dict[str, LatencyTable]:
+        """Tables of the other runtimes on this machine, found or built in the same way."""
+        return {
+            name: self._table(executor, device, self.run / f"table-{device.name}.json", "auto")
+            for name, device in self.alternatives.items()
+        }
+
+    def _table(self, executor: Executor, device: Device, kept: Path, path: str) -> LatencyTable:
         self.progress.stage("latency table")
-        kept = self.run / "table.json"
-        section = self.experiment.table
         if kept.exists():
             table = LatencyTable.load(kept)
         else:
-            found = find_table(section.path, self.space, self.device, self.warn)
-            table = found if found is not None else self._built_table(executor)
+            found = find_table(path, self.space, device, self.warn)
+            table = found if found is not None else self._built_table(executor, device)
             table.save(kept)
         self.progress.note(f"table {describe(table)}")
         return table
 
-    def _built_table(self, executor: Executor) -> LatencyTable:
-        path = cached_path(self.space, self.device)
+    def _built_table(self, executor: Executor, device: Device) -> LatencyTable:
+        path, section = cached_path(self.space, device), self.experiment.table
         with cache_lock(path):
-            found = find_table("auto", self.space, self.device, lambda _: None)  # another run's, finished meanwhile
+            found = find_table("auto", self.space, device, lambda _: None)  # another run's, finished meanwhile
             if found is None:
-                self.progress.note(f"no table for this device yet: measuring {len(self.space.keys())} parts")
-                found = self.build(executor)
+                self.progress.note(f"no table for {device.name} yet: measuring up to {len(self.space.keys())} parts")
+                # What Ctrl-C ends is gone on with by the next run that wants this table.
+                found = build_table(
+                    self.space, self.task.info, device, executor, Effort(section.seconds, section.noise),
+                    nets=section.nets, progress=self.progress.update, note=self.progress.note,
+                    partial=partial_of(path), resume=True,
+                )  # fmt: skip
                 found.save(path)
         return found
-
-    def build(self, executor: Executor) -> LatencyTable:
-        """A new table, measured now; what Ctrl-C ends is gone on with by the next run that wants it."""
-        section = self.experiment.table
-        return build_table(
-            self.space, self.task.info, self.device, executor, Effort(section.seconds, section.noise),
-            nets=section.nets, progress=self.progress.update, note=self.progress.note,
-            partial=partial_of(cached_path(self.space, self.device)), resume=True,
-        )  # fmt: skip
 
     @cached_property
     def others(self) -> dict[str, LatencyTable]:
@@ -198,18 +230,30 @@ class Job:
             found[name] = table
         return found
 
-    def estimator(self, table: LatencyTable) -> CostEstimator:
-        """Prices for this device, and behind them the latencies on the others."""
-        own = AdditiveEstimator(self.space, table, COSTS)
+    def estimator(
+        self, table: LatencyTable, alternatives: Mapping[str, LatencyTable] = MappingProxyType({})
+    ) -> CostEstimator:
+        """Prices for this device, in whichever runtime is fastest, and behind them the latencies on the others."""
+        own: CostEstimator = AdditiveEstimator(self.space, table, COSTS)
+        if alternatives:
+            runtimes = {name: AdditiveEstimator(self.space, t, LATENCIES) for name, t in alternatives.items()}
+            own = FastestRuntime(own, runtimes)
         others = {name: AdditiveEstimator(self.space, other, LATENCIES) for name, other in self.others.items()}
         return SeveralDevices(own, others) if others else own
 
-    def errors(self, table: LatencyTable) -> dict[str, FitError]:
-        """Errors of the tables by the cost that they price."""
+    def errors(
+        self, table: LatencyTable, alternatives: Mapping[str, LatencyTable] = MappingProxyType({})
+    ) -> dict[str, FitError]:
+        """Errors of the tables by the cost that they price; of several runtimes, the largest."""
         elsewhere = {
             on_device(cost, name): other.error(cost) for name, other in self.others.items() for cost in LATENCIES
         }
-        return {**table.errors, **elsewhere}
+        worst = {
+            cost: max((t.error(cost) for t in alternatives.values()), key=lambda e: e.mape)
+            for cost in LATENCIES if alternatives
+        }  # fmt: skip
+        own = {cost: max(e, worst.get(cost, e), key=lambda e: e.mape) for cost, e in table.errors.items()}
+        return {**own, **elsewhere}
 
     def teacher(self, executor: Executor) -> Teacher:
         """The teacher, from the machine's cache where it was trained before."""
@@ -417,12 +461,13 @@ def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress
             other.save(run / f"table-{name}.json")
         with job.executor(job.untaught) as workers:
             table = job.table(workers)
+            alternatives = job.alternative_tables(workers)
             teacher = job.teacher(workers)
         job.time_teacher(teacher)
         whole = teacher_costs(run)
         limits = job.limits(whole)
-        estimator = job.estimator(table)
-        screen = screening(limits, job.errors(table))
+        estimator = job.estimator(table, alternatives)
+        screen = screening(limits, job.errors(table, alternatives))
         share = job.check_budget(estimator, screen)
         job.progress.note(_budget_text(limits, share))
         reward = job.reward(limits, whole)
@@ -440,7 +485,7 @@ def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress
         winner = choose(finalists, job.warn)
         refinement = close_loop(job, table, finalists, session)
         outcome = Outcome(
-            trials, found["search"][1], chosen, masks, finalists, session.timings, refinement, winner,
+            trials, found["search"][1], chosen, masks, finalists, session, refinement, winner,
             time.monotonic() - start, job.warnings,
         )  # fmt: skip
         return deliver(job, student, teacher, table, limits, reward, outcome)
@@ -477,9 +522,12 @@ def close_loop(job: Job, table: LatencyTable, finalists: Sequence[Finalist], ses
     """
     parts = job.space.keys()
     whole = [
-        Measured(f.entrant.name, tuple(job.space.parts(job.space.decode(f.entrant.genome))), f.timing, f.size_bytes)
+        Measured(
+            f.entrant.name, tuple(job.space.parts(job.space.decode(f.entrant.genome))),
+            session.timings[f.entrant.name], f.size_bytes,
+        )
         for f in finalists
-    ]
+    ]  # fmt: skip
     result = refined(table, parts, whole, session.entries, session.yardstick_ms)
     result.table.save(job.run / "table-refined.json")
     cached = cached_path(job.space, job.device)

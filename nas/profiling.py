@@ -100,7 +100,7 @@ def of_experiment(experiment: Experiment, scenario: Scenario, minutes: float | N
     """An experiment's space and device, and the time that its ``table`` section allows."""
     section = experiment.table
     job = Job(experiment, Path("."))
-    device = Device.local(**{**experiment.device.model_dump(), **scenario.given})
+    device = Device.local(**{**experiment.device.scenario, **scenario.given})
     seconds = section.seconds if minutes is None else 60 * minutes
     space, effort = experiment.space, Effort(seconds, section.noise)
     return Subject(space.name, space.settings, job.space, job.task.info, device, effort, section.nets)

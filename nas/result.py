@@ -97,7 +97,7 @@ LABELS = {
 def _rows(job: Job, teacher: Teacher, outcome: Outcome, quality: dict[str, float]) -> list[dict[str, Any]]:
     exported = onnx.load(job.run / "teacher.onnx")
     macs, params = onnx_macs_params(exported)
-    timing = outcome.timings["teacher"]
+    timing = outcome.session.timings["teacher"]
     rows = [
         {
             "name": "teacher", "label": "teacher (fp32)", "quality": quality["teacher"],
@@ -142,6 +142,7 @@ def _manifest(
     n: int,
 ) -> dict[str, Any]:
     winner, info = outcome.winner, job.task.info
+    ran_on = job.alternatives.get(winner.runtime, job.device)
     by_name = {row["name"]: row for row in rows}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -158,12 +159,13 @@ def _manifest(
         },
         "latency": [
             {
-                "device": job.device.name, "fingerprint": job.device.fingerprint,
+                "device": ran_on.name, "fingerprint": ran_on.fingerprint, "runtime": ran_on.runtime,
                 "predicted_ms": winner.entrant.costs["latency_ms"], "p50_ms": winner.timing.p50,
                 "p95_ms": winner.timing.p95, "noise": winner.timing.noise,
-                "teacher_p50_ms": outcome.timings["teacher"].p50, "threads": job.device.threads,
+                "teacher_p50_ms": outcome.session.timings["teacher"].p50, "threads": job.device.threads,
                 "batch": job.device.batch, "measured": True,
             },
+            *_other_runtimes(job, outcome),
             *_elsewhere(job, winner),
         ],
         "size_bytes": {"onnx": winner.size_bytes, "teacher_onnx": by_name["teacher"]["size_bytes"]},
@@ -190,6 +192,21 @@ def _manifest(
         },
         "onnx": operators(winner.folder / "model.onnx"),
     }  # fmt: skip
+
+
+def _other_runtimes(job: Job, outcome: Outcome) -> list[dict[str, Any]]:
+    """The student in the runtimes that it is not fastest in, measured in the same session."""
+    winner, session = outcome.winner, outcome.session
+    timings = {"": session.timings, **session.alternatives}
+    return [
+        {
+            "device": device.name, "fingerprint": device.fingerprint, "runtime": device.runtime,
+            "p50_ms": timings[name][winner.entrant.name].p50, "p95_ms": timings[name][winner.entrant.name].p95,
+            "noise": timings[name][winner.entrant.name].noise, "teacher_p50_ms": timings[name]["teacher"].p50,
+            "threads": device.threads, "batch": device.batch, "measured": True,
+        }
+        for name, device in {"": job.device, **job.alternatives}.items() if name != winner.runtime
+    ]  # fmt: skip
 
 
 def _elsewhere(job: Job, winner: Finalist) -> list[dict[str, Any]]:

@@ -148,6 +148,39 @@ class AdditiveEstimator:
         return self.table.fits[cost].per_net if cost in self.table.fits else 0.0
 
 
+class FastestRuntime:
+    """One device with several runtimes: every candidate has the latencies of the runtime that is fastest for it.
+
+    Args:
+        own: prices in the device's first runtime; gives all costs that are no latencies.
+        alternatives: by runtime → prices in it, at least latencies.
+    """
+
+    def __init__(self, own: CostEstimator, alternatives: Mapping[str, CostEstimator]) -> None:
+        self.costs = own.costs
+        self.runtimes = ("", *alternatives)
+        self._own, self._alternatives = own, tuple(alternatives.values())
+
+    def price(self, genomes: Genomes) -> Array:
+        """Costs ``[n, len(self.costs)]`` of ``genomes [n, choices]``."""
+        costs = self._own.price(genomes)
+        fastest, all_of = self._compared(genomes, costs)
+        columns = [self.costs.index(cost) for cost in LATENCIES]
+        costs[:, columns] = all_of[fastest, np.arange(len(costs))]
+        return costs
+
+    def fastest(self, genomes: Genomes) -> list[str]:
+        """By prediction: the alternative of every genome, or "" for the device's own runtime."""
+        chosen, _ = self._compared(genomes, self._own.price(genomes))
+        return [self.runtimes[i] for i in chosen]
+
+    def _compared(self, genomes: Genomes, own: Array) -> tuple[npt.NDArray[np.intp], Array]:
+        """Which runtime is fastest ``[n]``, and the latencies in all of them, ``[runtimes, n, 2]``."""
+        priced = [(self._own.costs, own), *((other.costs, other.price(genomes)) for other in self._alternatives)]
+        all_of = np.stack([costs[:, [names.index(cost) for cost in LATENCIES]] for names, costs in priced])
+        return all_of[:, :, 0].argmin(axis=0), all_of
+
+
 def _floor(table: LatencyTable) -> float:
     return LEAST * min((net.measured_ms for net in table.nets if net.measured_ms > 0), default=0.0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ class Finalist:
     Attributes:
         folder: holds ``model.onnx`` and ``state.safetensors``.
         quality_torch, quality_onnx: on validation data.
-        timing: measured end to end; ``reward`` and ``violation`` follow from it.
+        timing: measured end to end, in its runtime; ``reward`` and ``violation`` follow from it.
+        runtime: the alternative that it is fastest in; "" is the device's own runtime.
     """
 
     entrant: Entrant
@@ -71,6 +72,7 @@ class Finalist:
     macs: int
     params: int
     timing: Timing
+    runtime: str
     reward: float
     violation: float
 
@@ -152,11 +154,18 @@ class Session:
         timings: model name → timing.
         entries: part key → entry, measured beside them.
         yardstick_ms: median of the yardstick.
+        alternatives: other runtime → model name → timing in it, from the same rounds.
     """
 
     timings: dict[str, Timing]
     entries: dict[str, Entry]
     yardstick_ms: float
+    alternatives: dict[str, dict[str, Timing]] = field(default_factory=dict)
+
+    def fastest(self, name: str) -> tuple[str, Timing]:
+        """The runtime in which a model is fastest, "" for the device's own, and its timing there."""
+        found = {"": self.timings[name], **{runtime: t[name] for runtime, t in self.alternatives.items()}}
+        return min(found.items(), key=lambda item: item[1].p50)
 
 
 def measure_models(
@@ -165,11 +174,19 @@ def measure_models(
     seconds: float,
     progress: Progress | None = None,
     parts: Mapping[str, Part] | None = None,
+    alternatives: Mapping[str, Device] | None = None,
 ) -> Session:
-    """Measure exported models end to end, and some parts, interleaved, with nothing of ours training beside them."""
-    parts = parts or {}
+    """Measure exported models end to end, and some parts, interleaved, with nothing of ours training beside them.
+
+    Args:
+        parts: to be measured on ``device`` beside the models.
+        alternatives: the same machine with other runtimes, in which the models are measured too.
+    """
+    parts, alternatives = parts or {}, alternatives or {}
     runners = {name: device.load(onnx.load(path)) for name, path in models.items()}
     runners |= {key: device.load(part.to_onnx(device.batch), part=True) for key, part in parts.items()}
+    for runtime, other in alternatives.items():
+        runners |= {f"{name} in {runtime}": other.load(onnx.load(path)) for name, path in models.items()}
     with timing_lock():
         seen = interleave(
             runners, load_yardstick(device), seconds=seconds, max_rounds=2000, calls=10, progress=progress
@@ -179,13 +196,14 @@ def measure_models(
         key: Entry(timings[key], timings[key].p50, runners[key].fused(), uncertainty=timings[key].noise)
         for key in parts
     }
-    return Session({name: timings[name] for name in models}, entries, seen.reference)
+    elsewhere = {runtime: {name: timings[f"{name} in {runtime}"] for name in models} for runtime in alternatives}
+    return Session({name: timings[name] for name in models}, entries, seen.reference, elsewhere)
 
 
 def judge(
     entrants: Sequence[Entrant],
     facts: Mapping[str, Mapping[str, Any]],
-    timings: Mapping[str, Timing],
+    session: Session,
     folder: Path,
     reward: Reward,
     limits: tuple[Limit, ...],
@@ -199,7 +217,7 @@ def judge(
         known = facts[entrant.name]
         if "reason" in known:
             continue
-        timing = timings[entrant.name]
+        runtime, timing = session.fastest(entrant.name)
         costs = {"latency_ms": timing.p50, "latency_p95_ms": timing.p95, "size_bytes": float(known["size_bytes"])}
         costs |= elsewhere(entrant.costs)
         names, row = tuple(costs), [list(costs.values())]
@@ -208,6 +226,7 @@ def judge(
                 entrant=entrant,
                 folder=folder / entrant.name,
                 timing=timing,
+                runtime=runtime,
                 reward=float(reward.score([known["quality_onnx"]], row, names)[0]),
                 violation=float(violation(row, names, limits)[0]),
                 **{key: value for key, value in known.items() if key != "asked"},
