@@ -28,7 +28,7 @@ from nas.compression import passes
 from nas.content import available, load_space, load_space_class
 from nas.errors import CompressionError
 from nas.evaluators import evaluators
-from nas.experiment import Experiment, LookupExperiment, OpenSection, load_any
+from nas.experiment import Experiment, LookupExperiment, OpenSection, apply_overrides, load_any
 from nas.latency import LatencyTable
 from nas.latency.importers import importers
 from nas.latency.runtimes import runtimes
@@ -102,9 +102,18 @@ def test_nas_commands_parse_and_their_overrides_are_valid(page: Path) -> None:
             if hasattr(options, "sweep"):
                 path = ROOT / options.sweep if "/" in options.sweep else options.sweep
                 prepare(load_sweep(path, options.set), Path("nowhere"))
-            elif hasattr(options, "set"):
+            elif getattr(options, "space", None) and hasattr(options, "set"):
+                load_space(options.space, TaskInfo((3, 224, 224), 1000), overridden(options.set))
+            elif getattr(options, "experiment", None) and hasattr(options, "set"):
                 experiment = ROOT / options.experiment if "/" in options.experiment else options.experiment
                 check_plugins(load_any(experiment, options.set))
+
+
+def overridden(overrides: list[str]) -> dict[str, Any]:
+    """A space's settings from ``--set``."""
+    settings: dict[str, Any] = {}
+    apply_overrides(settings, overrides)
+    return settings
 
 
 @every_page
