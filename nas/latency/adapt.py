@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nas.errors import TableError
-from nas.latency.few_shot import Array, FewShot
+from nas.latency.few_shot import Array, FewShot, Ints
+from nas.latency.interpolate import family
 
 if TYPE_CHECKING:
     from nas.latency.table import LatencyTable
@@ -30,7 +31,7 @@ def suggest(known: Sequence[Mapping[str, float]], k: int, seed: int = 0) -> list
         TableError: the tables share too few parts, or ``k`` is not 2..parts.
     """
     keys, columns = _shared(known)
-    return [keys[row] for row in FewShot(columns, samples=k).choose(seed)]
+    return [keys[row] for row in FewShot(columns, _families(keys), samples=k).choose(seed)]
 
 
 def adapt_parts(known: Sequence[Mapping[str, float]], measured: Mapping[str, float]) -> dict[str, tuple[float, float]]:
@@ -49,7 +50,7 @@ def adapt_parts(known: Sequence[Mapping[str, float]], measured: Mapping[str, flo
     """
     keys, columns = _shared(known)
     rows = _rows(keys, measured)
-    adapted = FewShot(columns, samples=len(rows)).adapt(rows, list(measured.values()))
+    adapted = FewShot(columns, _families(keys), samples=len(rows)).adapt(rows, list(measured.values()))
     return _by_key(keys, adapted.predicted, adapted.uncertainty)
 
 
@@ -102,6 +103,13 @@ def _shared(known: Sequence[Mapping[str, float]]) -> tuple[list[str], Array]:
             remedy="leave out the tables of other spaces",
         )
     return keys, np.array([[table[key] for table in known] for key in keys], dtype=np.float64)
+
+
+def _families(keys: Sequence[str]) -> Ints:
+    """What kind of part each is, ``[keys, 1]``: the same operators at one precision share what is new on a device."""
+    kinds = [family(key) for key in keys]
+    place = {kind: i for i, kind in enumerate(sorted(set(kinds)))}
+    return np.array([[place[kind]] for kind in kinds])
 
 
 def _rows(keys: Sequence[str], wanted: Mapping[str, float]) -> list[int]:
