@@ -18,6 +18,7 @@ from nas.parts import Part
 
 Array = npt.NDArray[np.float64]
 FINALIST = "finalist"
+ONE_SIDED = 1.65  # standard errors of the mean that chance exceeds once in twenty
 KEPT = 30  # finalists of earlier searches that go on to correct a table, the latest
 
 
@@ -61,8 +62,10 @@ class Refinement:
 
     @property
     def exceeded(self) -> bool:
-        """Whether the error on the finalists is more than what was claimed and the noise together explain."""
-        return self.before.mape > self.claim + self.noise
+        """Whether the error on the finalists is more than claim, noise and the chance of so few together explain."""
+        wrong = [abs(row["before_ms"] / row["measured_ms"] - 1) for row in self.rows]
+        chance = ONE_SIDED * float(np.std(wrong)) / len(wrong) ** 0.5
+        return self.before.mape - chance > self.claim + self.noise
 
     def as_dict(self) -> dict[str, Any]:
         """Plain form for the summary."""
