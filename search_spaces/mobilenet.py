@@ -7,7 +7,7 @@ the share of each bottleneck's hidden channels that is pruned after training, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nas import members
 from nas.errors import SpaceError
 from nas.parts import AddInput, Boundary, Conv, GlobalAveragePool, Normalize, Part, Resize
 from nas.space import Candidate, Choice, SearchSpace, Site, TaskInfo, Training
@@ -275,36 +276,13 @@ class MobileNet(SearchSpace):
 
     # ---- reference members ------------------------------------------------------------------------
 
-    def _uniform(self, level: float, bits: int, prune: float) -> Candidate:
-        values: dict[str, Any] = {}
-        for choice in self.choices:
-            if choice.name.endswith(".bits"):
-                values[choice.name] = bits
-            elif choice.name.endswith(".prune"):
-                values[choice.name] = prune
-            elif choice.name in ("kd_weight", "temperature"):
-                values[choice.name] = choice.values[len(choice.values) // 2]
-            else:
-                values[choice.name] = choice.values[int(level * (len(choice.values) - 1) + 0.5)]
-        return Candidate(values)
-
-    def _values(self, suffix: str) -> tuple[Any, ...]:
-        return self.choices[self.position[f"stage0.{suffix}"]].values
-
     def ladder(self) -> list[Candidate]:
         """The plain fp32 members with every size choice at its smallest, middle and largest value."""
-        bits, prune = max(self._values("bits")), min(self._values("prune"))
-        return _distinct(self._uniform(level, bits, prune) for level in (0.0, 0.5, 1.0))
+        return members.ladder(self.choices)
 
     def uniform(self) -> list[Candidate]:
         """Every uniform level with the fewest bits, pruned or not: the teacher shrunk without a search."""
-        bits = min(self._values("bits"))
-        levels = [i / 12 for i in range(13)]
-        return _distinct(self._uniform(level, bits, prune) for level in levels for prune in self._values("prune"))
-
-
-def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
-    return list({tuple(c.as_dict().items()): c for c in candidates}.values())
+        return members.uniform(self.choices)
 
 
 def _check(

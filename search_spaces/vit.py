@@ -9,14 +9,14 @@ products with weights are integers; what flows between them stays float.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nas import members
 from nas.errors import SpaceError
 from nas.parts import AddInput, Attention, LayerNorm, Linear, Mlp, Normalize, Part, PatchEmbed, Resize, TokenMean
 from nas.space import Candidate, Choice, SearchSpace, Site, TaskInfo, Training
@@ -242,38 +242,13 @@ class ViT(SearchSpace):
 
     # ---- reference members ------------------------------------------------------------------------
 
-    def _uniform(self, level: float, bits: int, prune: float) -> Candidate:
-        values: dict[str, Any] = {}
-        for choice in self.choices:
-            if choice.name.endswith(".bits"):
-                values[choice.name] = bits
-            elif choice.name.endswith(".prune"):
-                values[choice.name] = prune
-            elif choice.name in ("kd_weight", "temperature"):
-                values[choice.name] = choice.values[len(choice.values) // 2]
-            else:
-                # Larger patches make smaller models.
-                place = 1 - level if choice.name == "patch" else level
-                values[choice.name] = choice.values[int(place * (len(choice.values) - 1) + 0.5)]
-        return Candidate(values)
-
-    def _values(self, suffix: str) -> tuple[Any, ...]:
-        return self.choices[self.position[f"group0.{suffix}"]].values
-
     def ladder(self) -> list[Candidate]:
         """The plain fp32 members with every size choice at its smallest, middle and largest value."""
-        bits, prune = max(self._values("bits")), min(self._values("prune"))
-        return _distinct(self._uniform(level, bits, prune) for level in (0.0, 0.5, 1.0))
+        return members.ladder(self.choices, falling=("patch",))
 
     def uniform(self) -> list[Candidate]:
         """Every uniform level with the fewest bits, pruned or not: the teacher shrunk without a search."""
-        bits = min(self._values("bits"))
-        levels = [i / 12 for i in range(13)]
-        return _distinct(self._uniform(level, bits, prune) for level in levels for prune in self._values("prune"))
-
-
-def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
-    return list({tuple(c.as_dict().items()): c for c in candidates}.values())
+        return members.uniform(self.choices, falling=("patch",))
 
 
 def _check(
