@@ -75,7 +75,8 @@ DeviceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 class TableSection(Section):
     """Latency table: ``auto`` finds or builds one for this device; otherwise a path or bundled name.
 
-    ``others`` are tables of other devices, by a name of your own: their latencies are further costs.
+    ``others`` are tables of other devices, by a name of your own: their latencies are further costs. ``learn`` puts the
+    table that the finalists corrected into the cache, for later searches.
     """
 
     path: str = "auto"
@@ -83,6 +84,7 @@ class TableSection(Section):
     seconds: float = Field(20.0, gt=0)
     nets: int = Field(20, ge=8, le=30)
     noise: float = Field(0.01, ge=0)
+    learn: bool = False
 
 
 class TeacherSection(Section):

@@ -516,9 +516,10 @@ def _margin(errors: Mapping[str, FitError], cost: str) -> float:
 
 
 def close_loop(job: Job, table: LatencyTable, finalists: Sequence[Finalist], session: Session) -> Refinement:
-    """Compare the table with what was measured in the end, correct it, and keep the corrected one for later searches.
+    """Compare the table with what was measured in the end, correct it, and keep the corrected one beside it.
 
-    The run's own ``table.json`` stays as it is: it is what this search's prices were.
+    The run's own ``table.json`` stays as it is: it is what this search's prices were. So does the cached one, unless
+    ``table.learn`` is set: a search that is repeated shall be the same search.
     """
     parts = job.space.keys()
     whole = [
@@ -530,10 +531,11 @@ def close_loop(job: Job, table: LatencyTable, finalists: Sequence[Finalist], ses
     ]  # fmt: skip
     result = refined(table, parts, whole, session.entries, session.yardstick_ms)
     result.table.save(job.run / "table-refined.json")
-    cached = cached_path(job.space, job.device)
-    with cache_lock(cached):
-        if cached.exists() and _same(cached, table):
-            result.table.save(cached)
+    if job.experiment.table.learn:
+        cached = cached_path(job.space, job.device)
+        with cache_lock(cached):
+            if not cached.exists() or _same(cached, table):
+                result.table.save(cached)
     if result.exceeded:
         job.warn(
             f"the latency table was {100 * result.before.mape:.1f} % off on the finalists, on average: more than the "
