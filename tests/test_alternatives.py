@@ -13,10 +13,11 @@ from helpers import SMALL, TinySpace
 from nas.errors import ExperimentError
 from nas.experiment import load_experiment
 from nas.job import Job, execute
-from nas.latency import AdditiveEstimator, FastestRuntime
+from nas.latency import AdditiveEstimator, FastestRuntime, LatencyTable
 from nas.latency.estimator import COSTS, LATENCIES
 from nas.latency.measure import Timing
 from nas.student.finalists import Session
+from nas.student.tables import cached_path
 from nas.testing import synthetic_table
 
 
@@ -57,7 +58,8 @@ def experiment(**device: Any) -> dict[str, Any]:
 
 def test_a_search_with_two_runtimes(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    execute(load_experiment(experiment(alternatives=["torch"])), run)
+    learning = load_experiment(experiment(alternatives=["torch"]), ["table.learn=true"])
+    execute(learning, run)
     manifest = json.loads((run / "student" / "manifest.json").read_text())
     first, second = manifest["latency"]
     assert {first["runtime"], second["runtime"]} == {"onnxruntime", "torch"}
@@ -68,6 +70,14 @@ def test_a_search_with_two_runtimes(tmp_path: Path) -> None:
     tables = sorted(path.name for path in run.glob("table*.json"))
     assert len(tables) == 3  # onnxruntime's, as it was and refined, and torch's
     assert any("torch" in name for name in tables)
+    # The finalists corrected the first runtime's table, and the next search begins with that.
+    began, refined = (LatencyTable.load(run / f"{name}.json") for name in ("table", "table-refined"))
+    job = Job(learning, run)
+    assert LatencyTable.load(cached_path(job.space, job.device)) == refined != began
+    loop = json.loads((run / "summary.json").read_text())["table"]["finalists"]
+    assert [row["name"] for row in loop["rows"]] == [net.name for net in (run / "finalists").iterdir()]
+    assert sum(net.source == "finalist" for net in refined.nets) == len(loop["rows"]) == 1
+    assert loop["sha256"] == refined.sha256
 
 
 @pytest.mark.parametrize("names", [["onnxruntime"], ["torch", "torch"], ["torch", "torch/cpu"]])
