@@ -84,6 +84,14 @@ def test_terms_that_help_nothing_are_left_out() -> None:
     assert not any(plain.per_traffic)
 
 
+def test_a_plain_group_has_scale_and_count_alone() -> None:
+    seen = nets(30)
+    result, _, _ = fit(features(seen), costs(seen, LAW), plain=(2,))
+    assert any(result.per_traffic[:2])
+    assert result.per_traffic[2] == result.per_gmac[2] == result.per_weight_mb[2] == 0.0
+    assert result.scale[2] != 1.0
+
+
 def test_noise_does_not_run_away_on_few_nets() -> None:
     rng = np.random.default_rng(0)
     law, seen, fresh = LinearFit((0.9, 1.1, 1.0), (0.003, 0.0, 0.0), per_net=0.02), nets(20), nets(200, seed=2)

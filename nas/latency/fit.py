@@ -9,7 +9,7 @@ Ridge regression on relative errors, shrunk towards the plain sum (s = 1, all ot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ def plain_sums(x: Array) -> Array:
 
 
 def fit(
-    x: Array, y: Array, sets: Sequence[tuple[int, ...]] = SETS
+    x: Array, y: Array, sets: Sequence[tuple[int, ...]] = SETS, plain: Collection[int] = ()
 ) -> tuple[LinearFit, FitError, Array]:
     """Fit measured ``y [nets]`` on :func:`features` ``x``.
 
@@ -128,17 +128,18 @@ def fit(
     Args:
         x: rows of 5 terms a group, then 1; the groups need not be precisions, and the fit has as many as ``x``.
         sets: sets of terms that may be used, from the plainest.
+        plain: groups that have scale and count alone: so small a share of a net that further terms would fit noise.
 
     Returns the fit, its leave-one-out error, and the leave-one-out predictions.
     """
     trials = [
-        min((_held_out(x, y, terms, strength) for strength in STRENGTHS), key=lambda trial: trial.mape)
+        min((_held_out(x, y, terms, strength, plain) for strength in STRENGTHS), key=lambda trial: trial.mape)
         for terms in sets
     ]
     weights = _weights([trial.mape for trial in trials])
     theta, predicted = np.zeros(x.shape[1]), np.zeros(len(y))
     for trial, weight in zip(trials, weights, strict=True):
-        columns = _columns(trial.terms, x.shape[1])
+        columns = _columns(trial.terms, x.shape[1], plain)
         theta[columns] += weight * _solve(x[:, columns], y, trial.strength, _prior(columns, x.shape[1]))
         predicted += weight * trial.predicted
     by_term = {name: tuple(theta[i:-1:TERMS].tolist()) for i, name in enumerate(_NAMES)}
@@ -162,8 +163,8 @@ class _Trial:
     mape: float
 
 
-def _held_out(x: Array, y: Array, terms: tuple[int, ...], strength: float) -> _Trial:
-    columns = _columns(terms, x.shape[1])
+def _held_out(x: Array, y: Array, terms: tuple[int, ...], strength: float, plain: Collection[int]) -> _Trial:
+    columns = _columns(terms, x.shape[1], plain)
     used, prior = x[:, columns], _prior(columns, x.shape[1])
     keep = ~np.eye(len(y), dtype=bool)
     predicted = np.array([used[i] @ _solve(used[keep[i]], y[keep[i]], strength, prior) for i in range(len(y))])
@@ -192,9 +193,13 @@ def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def _columns(terms: tuple[int, ...], width: int) -> npt.NDArray[np.intp]:
+def _columns(terms: tuple[int, ...], width: int, plain: Collection[int]) -> npt.NDArray[np.intp]:
     """Columns of the terms in all groups, and that of the net, of rows of ``width`` numbers."""
-    return np.array([start + term for start in range(0, width - 1, TERMS) for term in terms] + [width - 1])
+    used = [
+        TERMS * group + term
+        for group in range(width // TERMS) for term in terms if term in PLAIN or group not in plain
+    ]  # fmt: skip
+    return np.array([*used, width - 1])
 
 
 def _prior(columns: npt.NDArray[np.intp], width: int) -> Array:

@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.latency.estimator import part_value
-from nas.latency.fit import PLAIN, features, fit, plain_sums
+from nas.latency.fit import PLAIN, SETS, features, fit, plain_sums
 from nas.latency.table import LatencyTable
-from nas.parts import Part
+from nas.parts import PRECISIONS, Part
 
 Array = npt.NDArray[np.float64]
 Identity = tuple[tuple[str, int], ...]
+BOUNDARIES = (PRECISIONS.index("boundary"),)
 
 
 def counts(parts: Iterable[Part]) -> dict[str, int]:
@@ -46,8 +47,8 @@ def fitted(table: LatencyTable, parts: Mapping[str, Part]) -> LatencyTable:
     for cost, y in measured.items():
         rows[cost] = features([[(part, part_value(table, part, cost)) for part in net] for net in whole])
         # Bytes have no borders and no arithmetic.
-        sets = {"sets": (PLAIN,)} if cost == "size_bytes" else {}
-        fits[cost], errors[cost], held_out[cost] = fit(rows[cost], y, **sets)
+        sets = (PLAIN,) if cost == "size_bytes" else SETS
+        fits[cost], errors[cost], held_out[cost] = fit(rows[cost], y, sets, BOUNDARIES)
     pairs = zip(table.nets, held_out["latency_ms"].tolist(), plain_sums(rows["latency_ms"]).tolist(), strict=True)
     nets = [replace(net, predicted_ms=predicted, plain_sum_ms=plain) for net, predicted, plain in pairs]
     return replace(table, fits=fits, errors=errors, nets=nets)
