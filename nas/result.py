@@ -19,6 +19,7 @@ from nas.evaluators.train import predict
 from nas.files import write_atomic, write_json
 from nas.latency import LatencyTable, elsewhere, on_device
 from nas.latency.fit import spearman
+from nas.parts import Part
 from nas.reward import Limit, Reward, hypervolume, reference_point
 from nas.space import SearchSpace
 from nas.student.export import INPUT, onnx_macs_params
@@ -171,6 +172,8 @@ def _manifest(
         "size_bytes": {"onnx": winner.size_bytes, "teacher_onnx": by_name["teacher"]["size_bytes"]},
         "macs": winner.macs,
         "params": winner.params,
+        "peak_activation_bytes": max(p.peak_bytes(job.device.batch) for p in _parts(job, winner)),
+        "energy": _energy(outcome),
         "parity": {"max_abs_diff": winner.max_abs_diff, "agreement": winner.agreement},
         "search": {
             "strategy": job.experiment.strategy.kind, "evaluated": len(outcome.trials["search"]),
@@ -191,6 +194,20 @@ def _manifest(
             "name": INPUT, "shape": ["batch", *info.input_shape], "dtype": "float32", "range": list(info.value_range),
         },
         "onnx": operators(winner.folder / "model.onnx"),
+    }  # fmt: skip
+
+
+def _parts(job: Job, winner: Finalist) -> list[Part]:
+    return job.space.parts(job.space.decode(winner.entrant.genome))
+
+
+def _energy(outcome: Outcome) -> dict[str, Any]:
+    """Millijoules of a call of student and teacher, and what counted them; None, and why, where nothing can."""
+    energy = outcome.session.energy
+    used = energy.get("millijoules", {})
+    return {
+        "student_mj": used.get(outcome.winner.entrant.name), "teacher_mj": used.get("teacher"),
+        "source": energy.get("source") or f"not measured: {energy.get('absent', 'unknown')}",
     }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from nas.latency.measure import AGGREGATORS, Measurement, Progress, Timing, inte
 from nas.latency.plan import CALLS, YARDSTICK, CalibrationNet, Plan, choose_keys, load_yardstick
 from nas.latency.runtimes import Runner
 from nas.latency.table import Entry, LatencyTable, Net
-from nas.latency.whole import counts, fitted
+from nas.latency.whole import counts, fitted, sizes
 from nas.locks import timing_lock
 from nas.space import SearchSpace
 
@@ -197,14 +197,14 @@ def assemble(plan: Plan, seen: Seen, device: Mapping[str, object]) -> LatencyTab
 
 
 def _with_parts(base: LatencyTable, plan: Plan, seen: Seen, how: str) -> LatencyTable:
-    m = seen.measurement
+    m, batch = seen.measurement, int(base.device["batch"])
     entries: dict[str, Entry] = {}
     for key in plan.measured:
         samples = m.samples[key]
         timing = samples.timing()
         entries[key] = Entry(
             timing, samples.aggregate(how, m.reference), dict(seen.fused.get(key, {})),
-            uncertainty=timing.noise, energy_mj=seen.energy.get(key),
+            uncertainty=timing.noise, energy_mj=seen.energy.get(key), **sizes(plan.measured[key], batch),
         )  # fmt: skip
     interpolation: dict[str, Any] = {}
     if plan.absent:
@@ -218,8 +218,9 @@ def _with_parts(base: LatencyTable, plan: Plan, seen: Seen, how: str) -> Latency
         for key, guess in guesses.items():
             times = {name: factor * guess.value for name, factor in typical.items()}
             entries[key] = Entry(
-                Timing(**times, n=0, noise=0.0), guess.value, measured=False, uncertainty=guess.uncertainty
-            )
+                Timing(**times, n=0, noise=0.0), guess.value, measured=False, uncertainty=guess.uncertainty,
+                **sizes(plan.absent[key], batch),
+            )  # fmt: skip
         interpolation = {"measured": len(plan.measured), "interpolated": len(guesses)}
         interpolation |= {} if validation is None else {"held_out": asdict(validation)}
     protocol = {**base.protocol, "part_aggregator": how}

@@ -26,6 +26,8 @@ class Entry:
         measured: whether the part itself was; otherwise it was interpolated between parts that were.
         uncertainty: of ``value``, relative, one standard deviation: repeatability, or that of the interpolation.
         energy_mj: millijoules of one call; None where the machine cannot say.
+        weight_bytes, peak_bytes: of the stored weights, and of the activations that live at one time at most, for the
+            device's batch: arithmetic, and None where it is not known what the part is made of.
     """
 
     timing: Timing
@@ -34,6 +36,8 @@ class Entry:
     measured: bool = True
     uncertainty: float = 0.0
     energy_mj: float | None = None
+    weight_bytes: int | None = None
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,10 @@ def _plain_entry(entry: Entry) -> dict[str, Any]:
 
 def _entry(e: dict[str, Any]) -> Entry:
     timing = Timing(e["p50"], e["p95"], e["mean"], e["n"], e["noise"])
-    return Entry(timing, e["value"], e["fused"], e["measured"], e["uncertainty"], e["energy_mj"])
+    return Entry(
+        timing, e["value"], e["fused"], e["measured"], e["uncertainty"], e["energy_mj"],
+        e.get("weight_bytes"), e.get("peak_bytes"),
+    )  # fmt: skip
 
 
 def _plain_tuple(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,11 @@ def counts(parts: Iterable[Part]) -> dict[str, int]:
     for part in parts:
         found[part.key] = found.get(part.key, 0) + part.count
     return found
+
+
+def sizes(part: Part, batch: int) -> dict[str, Any]:
+    """Bytes of one copy: stored weights, and activations at their most."""
+    return {"weight_bytes": part.weight_bytes // part.count, "peak_bytes": part.peak_bytes(batch)}
 
 
 def identity(parts: Mapping[str, int]) -> Identity:

@@ -17,15 +17,19 @@ from nas.evaluators.train import Recipe, predict
 from nas.executors import Executor
 from nas.files import write_atomic, write_json
 from nas.latency import Device, elsewhere
+from nas.latency.energy import metered
 from nas.latency.measure import Progress, Timing, interleave
 from nas.latency.plan import load_yardstick
 from nas.latency.table import Entry
+from nas.latency.whole import sizes
 from nas.locks import timing_lock, training_lock
 from nas.parts import Part
 from nas.reward import Limit, Reward, violation
 from nas.space import Genomes
 from nas.student.export import onnx_macs_params, to_onnx
 from nas.student.teacher import onnx_logits
+
+ENERGY_SECONDS = 0.5  # metering of a model, where there is a meter
 
 
 @dataclass(frozen=True)
@@ -155,12 +159,14 @@ class Session:
         entries: part key → entry, measured beside them.
         yardstick_ms: median of the yardstick.
         alternatives: other runtime → model name → timing in it, from the same rounds.
+        energy: ``source`` and ``millijoules`` of a call by model, or ``absent`` and why.
     """
 
     timings: dict[str, Timing]
     entries: dict[str, Entry]
     yardstick_ms: float
     alternatives: dict[str, dict[str, Timing]] = field(default_factory=dict)
+    energy: dict[str, Any] = field(default_factory=dict)
 
     def fastest(self, name: str) -> tuple[str, Timing]:
         """The runtime in which a model is fastest, "" for the device's own, and its timing there."""
@@ -191,13 +197,17 @@ def measure_models(
         seen = interleave(
             runners, load_yardstick(device), seconds=seconds, max_rounds=2000, calls=10, progress=progress
         )
+        energy = metered(device.energy_meter(), {name: runners[name] for name in models}, ENERGY_SECONDS)
     timings = {name: samples.timing() for name, samples in seen.samples.items()}
     entries = {
-        key: Entry(timings[key], timings[key].p50, runners[key].fused(), uncertainty=timings[key].noise)
+        key: Entry(
+            timings[key], timings[key].p50, runners[key].fused(), uncertainty=timings[key].noise,
+            **sizes(parts[key], device.batch),
+        )
         for key in parts
-    }
+    }  # fmt: skip
     elsewhere = {runtime: {name: timings[f"{name} in {runtime}"] for name in models} for runtime in alternatives}
-    return Session({name: timings[name] for name in models}, entries, seen.reference, elsewhere)
+    return Session({name: timings[name] for name in models}, entries, seen.reference, elsewhere, energy)
 
 
 def judge(
