@@ -142,7 +142,7 @@ class AdditiveEstimator:
         if cost == ENERGY:
             return part.count * float(self.table.entry(part.key).energy_mj or 0.0)
         fit = self.table.fits.get(cost, LinearFit())
-        return part.count * fit.part(part_value(self.table, part, cost), part)
+        return part.count * contribution(self.table, fit, part, cost)
 
     def _per_net(self, cost: str) -> float:
         return self.table.fits[cost].per_net if cost in self.table.fits else 0.0
@@ -221,6 +221,12 @@ def on_device(cost: str, name: str) -> str:
 def elsewhere(costs: Mapping[str, float]) -> dict[str, float]:
     """Those of the named costs that are another device's."""
     return {name: value for name, value in costs.items() if "@" in name}
+
+
+def contribution(table: LatencyTable, fit: LinearFit, part: Part, cost: str) -> float:
+    """What one copy of ``part`` adds to a whole network's ``cost``."""
+    own = fit.part(part_value(table, part, cost), part)
+    return own * (1 + table.entry(part.key).correction) if cost == "latency_ms" else own
 
 
 def part_value(table: LatencyTable, part: Part, cost: str) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.latency.estimator import part_value
+from nas.latency.estimator import contribution
 from nas.latency.fit import FitError, LinearFit, error
 from nas.latency.measure import Timing
 from nas.latency.table import Entry, LatencyTable, Net
@@ -116,8 +116,8 @@ def refined(
 
 
 def _predicted(table: LatencyTable, nets: Sequence[Sequence[Part]], cost: str) -> Array:
-    correction = table.fits.get(cost, LinearFit())
-    return np.array([correction.net([(part, part_value(table, part, cost)) for part in net]) for net in nets])
+    fit = table.fits.get(cost, LinearFit())
+    return np.array([fit.per_net + sum(p.count * contribution(table, fit, p, cost) for p in net) for net in nets])
 
 
 def _scaled(entry: Entry, factor: float) -> Entry:

@@ -28,6 +28,7 @@ class Entry:
         energy_mj: millijoules of one call; None where the machine cannot say.
         weight_bytes, peak_bytes: of the stored weights, and of the activations that live at one time at most, for the
             device's batch: arithmetic, and None where it is not known what the part is made of.
+        correction: relative, of what it contributes to the latency of a whole network, beside the fit.
     """
 
     timing: Timing
@@ -38,6 +39,7 @@ class Entry:
     energy_mj: float | None = None
     weight_bytes: int | None = None
     peak_bytes: int | None = None
+    correction: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def _entry(e: dict[str, Any]) -> Entry:
     timing = Timing(e["p50"], e["p95"], e["mean"], e["n"], e["noise"])
     return Entry(
         timing, e["value"], e["fused"], e["measured"], e["uncertainty"], e["energy_mj"],
-        e.get("weight_bytes"), e.get("peak_bytes"),
+        e.get("weight_bytes"), e.get("peak_bytes"), e.get("correction", 0.0),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.latency.estimator import part_value
-from nas.latency.fit import PLAIN, SETS, features, fit, plain_sums
+from nas.latency.fit import PLAIN, SETS, LinearFit, error, features, fit, plain_sums
+from nas.latency.residuals import corrections
 from nas.latency.table import LatencyTable
 from nas.parts import PRECISIONS, Part
 
@@ -55,6 +56,23 @@ def fitted(table: LatencyTable, parts: Mapping[str, Part]) -> LatencyTable:
         # Bytes have no borders and no arithmetic.
         sets = (PLAIN,) if cost == "size_bytes" else SETS
         fits[cost], errors[cost], held_out[cost] = fit(rows[cost], y, sets, BOUNDARIES)
+    found, held_out["latency_ms"] = _blamed(table, fits["latency_ms"], whole, held_out["latency_ms"], parts)
+    errors["latency_ms"] = error(held_out["latency_ms"], measured["latency_ms"])
     pairs = zip(table.nets, held_out["latency_ms"].tolist(), plain_sums(rows["latency_ms"]).tolist(), strict=True)
     nets = [replace(net, predicted_ms=predicted, plain_sum_ms=plain) for net, predicted, plain in pairs]
-    return replace(table, fits=fits, errors=errors, nets=nets)
+    entries = {key: replace(entry, correction=found.get(key, 0.0)) for key, entry in table.entries.items()}
+    return replace(table, entries=entries, fits=fits, errors=errors, nets=nets)
+
+
+def _blamed(
+    table: LatencyTable, fit: LinearFit, nets: Sequence[Sequence[Part]], predicted: Array, parts: Mapping[str, Part]
+) -> tuple[dict[str, float], Array]:
+    """Corrections of parts by what the fit leaves of the nets, and each net's latency by the others."""
+    shares = []
+    for net in nets:
+        own = {part.key: part.count * fit.part(part_value(table, part, "latency_ms"), part) for part in net}
+        total = fit.per_net + sum(own.values())
+        shares.append({key: value / total for key, value in own.items()})
+    measured = np.array([net.measured_ms for net in table.nets])
+    found = corrections(shares, measured / predicted - 1, {key: parts[key] for key in table.entries if key in parts})
+    return found.by_key, predicted * (1 + found.held_out)
