@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from nas.latency.interpolate import grid
 from nas.latency.plan import CALLS, YARDSTICK, CalibrationNet, Plan, calibration_genomes
 from nas.latency.profile import Effort, Seen, assemble, describe, profile
 from nas.latency.remote import run_over_ssh
+from nas.latency.runtimes import runtimes
 from nas.progress import Progress, Silent
 from nas.space import SearchSpace, TaskInfo
 from nas.student.tables import cached_path, calibration_nets, partial_of
@@ -90,6 +92,12 @@ class Scenario:
     provider: str | None = None
     graph: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("threads", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ExperimentError(f"--{name} {value}.", expected="1 or more")
+
     @property
     def given(self) -> dict[str, Any]:
         """What is not None."""
@@ -97,13 +105,19 @@ class Scenario:
 
 
 def of_experiment(experiment: Experiment, scenario: Scenario, minutes: float | None) -> Subject:
-    """An experiment's space and device, and the time that its ``table`` section allows."""
+    """An experiment's space and device, and the time that its ``table`` section allows.
+
+    Raises:
+        ExperimentError: no time.
+        TableError: the runtime does not execute some of the space's precisions.
+    """
+    _check_minutes(minutes)
     section = experiment.table
     job = Job(experiment, Path("."))
     device = Device.local(**{**experiment.device.scenario, **scenario.given})
     seconds = section.seconds if minutes is None else 60 * minutes
     space, effort = experiment.space, Effort(seconds, section.noise)
-    return Subject(space.name, space.settings, job.space, job.task.info, device, effort, section.nets)
+    return _executable(Subject(space.name, space.settings, job.space, job.task.info, device, effort, section.nets))
 
 
 def of_space(
@@ -120,14 +134,40 @@ def of_space(
         overrides: ``key=value`` settings of the space.
         shape: of one input.
         classes: number of classes.
+
+    Raises:
+        ExperimentError: no classes, no time, or an unknown setting.
+        TableError: the runtime does not execute some of the space's precisions.
     """
+    _check_minutes(minutes)
+    if classes < 1:
+        raise ExperimentError(f"--classes {classes}.", expected="1 or more")
     settings: dict[str, Any] = {}
     apply_overrides(settings, overrides)
     mean, std = (0.5,) * shape[0], (0.25,) * shape[0]
     info = TaskInfo(shape, classes, mean, std)
     space = content.load_space(name, info, settings)
-    effort = Effort(60 * (minutes or MINUTES))
-    return Subject(name, settings, space, info, Device.local(**scenario.given), effort, NETS)
+    effort = Effort(60 * (MINUTES if minutes is None else minutes))
+    return _executable(Subject(name, settings, space, info, Device.local(**scenario.given), effort, NETS))
+
+
+def _check_minutes(minutes: float | None) -> None:
+    if minutes is not None and not (0 < minutes < math.inf):
+        raise ExperimentError(f"--minutes {minutes:g}.", expected="more than 0")
+
+
+def _executable(subject: Subject) -> Subject:
+    """Refuse now what the runtime would refuse after minutes of exporting."""
+    runtime = runtimes.get(subject.device.runtime)
+    wanted = {part.precision for part in subject.space.keys().values()}
+    if foreign := sorted(wanted - set(runtime.precisions)):
+        raise TableError(
+            f"Runtime {subject.device.runtime!r} executes no {' and no '.join(foreign)} parts, which space "
+            f"{subject.space.name!r} has.",
+            expected=f"parts in {', '.join(runtime.precisions)}",
+            remedy="--set bits=[32] where the space has such a setting, or another runtime",
+        )
+    return subject
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -142,8 +142,15 @@ def test_a_bundle_becomes_the_same_kind_of_table(tmp_path: Path) -> None:
         (["--space", "mobilenet", "--runtime", "abacus"], "Unknown runtime"),
         (["--space", "mobilenet", "--provider", "abacus"], "CPUExecutionProvider"),
         (["--space", "mobilenet", "--bundle", "x", "--ssh", "y"], "exclude each other"),
-        (["--space", "mobilenet", "--runtime", "torch", "--bundle", "x"], "onnxruntime"),
+        (["--space", "mobilenet", "--set", "bits=[32]", "--runtime", "torch", "--bundle", "x"], "by onnxruntime"),
         (["--from-bundle", "nowhere"], "nowhere"),
+        (["--space", "mobilenet", "--threads", "0"], "--threads 0"),
+        (["--space", "mobilenet", "--batch", "-2"], "--batch -2"),
+        (["--space", "mobilenet", "--minutes", "0"], "--minutes 0"),
+        (["--space", "mobilenet", "--classes", "0"], "--classes 0"),
+        (["--space", "mobilenet", "--nets", "3"], "8 to 30"),
+        (["--space", "mobilenet", "--keys", "nowhere"], "nowhere cannot be read"),
+        (["--space", "mobilenet", "--runtime", "torch"], "executes no boundary and no int8 parts"),
     ],
 )
 def test_what_a_user_can_get_wrong(
