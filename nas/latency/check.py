@@ -104,7 +104,9 @@ def _entries(raw: dict[str, Any]) -> Iterator[Problem]:
     for key, entry in raw["entries"].items():
         for name in ("p50", "mean"):
             ratio = entry["value"] / entry[name]
-            if not 1 / UNITS_APART <= ratio <= UNITS_APART:
+            # A few calls that waited for a busy processor make a mean as large as they like, but never a small one.
+            lowest = 1 / UNITS_APART if name == "p50" else 0.0
+            if not lowest <= ratio <= UNITS_APART:
                 yield Problem(
                     f"entry {key!r}: value {entry['value']:.4g} is {ratio:.4g} times its own {name} of "
                     f"{entry[name]:.4g} ms, so the units are mixed"
