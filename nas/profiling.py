@@ -20,6 +20,7 @@ from nas.experiment import Experiment, apply_overrides
 from nas.job import Job
 from nas.latency import Device, LatencyTable
 from nas.latency.bundle import read_measurements, write_bundle
+from nas.latency.energy import source
 from nas.latency.interpolate import grid
 from nas.latency.plan import CALLS, YARDSTICK, CalibrationNet, Plan, calibration_genomes
 from nas.latency.profile import Effort, Seen, assemble, describe, profile
@@ -293,8 +294,7 @@ def read(
         )
     device = result.device if name is None else replace(result.device, name=name)
     energy = result.energy
-    meter = energy["source"] if "source" in energy else f"not measured: {energy.get('absent', 'unknown')}"
-    seen = Seen(result.measurement, result.fused, energy.get("millijoules", {}), meter)
+    seen = Seen(result.measurement, result.fused, energy.get("millijoules", {}), source(energy))
     table = assemble(plan, seen, device.as_dict())
     path = out or cached_path(space, device)
     table.save(path)

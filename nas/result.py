@@ -18,6 +18,7 @@ from nas.evaluators import Distil
 from nas.evaluators.train import predict
 from nas.files import write_atomic, write_json
 from nas.latency import LatencyTable, elsewhere, on_device
+from nas.latency.energy import source
 from nas.latency.fit import spearman
 from nas.parts import Part
 from nas.reward import Limit, Reward, hypervolume, reference_point
@@ -207,7 +208,7 @@ def _energy(outcome: Outcome) -> dict[str, Any]:
     used = energy.get("millijoules", {})
     return {
         "student_mj": used.get(outcome.winner.entrant.name), "teacher_mj": used.get("teacher"),
-        "source": energy.get("source") or f"not measured: {energy.get('absent', 'unknown')}",
+        "source": source(energy),
     }  # fmt: skip
 
 

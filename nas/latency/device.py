@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import onnx
@@ -12,7 +13,7 @@ import onnx
 from nas.files import digest
 from nas.latency.energy import Absent, Meter, nvml, rapl
 from nas.latency.hardware import machine, visible_gpu
-from nas.latency.runtimes import Runner, runtimes
+from nas.latency.runtimes import Runner, Runtime, runtimes
 
 PROVENANCE = ("name", "memory_bytes", "system", "governor")
 
@@ -88,7 +89,7 @@ class Device:
 
     def load(self, model: onnx.ModelProto, *, part: bool = False) -> Runner:
         """``model``, a whole network or a part of one, ready to run in this device's scenario."""
-        runtime = runtimes.get(self.runtime)(self.provider, self.graph)
+        runtime = _opened(runtimes.get(self.runtime), self.provider, self.graph)
         load = runtime.load_part if part else runtime.load
         return load(model, threads=self.threads, batch=self.batch)
 
@@ -122,3 +123,9 @@ class Device:
     def as_dict(self) -> dict[str, Any]:
         """Plain form for tables and manifests."""
         return {**asdict(self), "fingerprint": self.fingerprint}
+
+
+@lru_cache(maxsize=8)
+def _opened(kind: type[Runtime], provider: str, graph: str) -> Runtime:
+    """Kept, because thousands of parts are loaded and some runtimes look for devices when they are opened."""
+    return kind(provider, graph)

@@ -138,14 +138,24 @@ def millijoules(meter: Meter, run: Callable[[], object], seconds: float = 1.0, e
 
 
 def metered(meter: Meter | Absent, runs: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Any]:
-    """Plain form for files: millijoules of a call of each, or why there are none."""
+    """Plain form for files: millijoules of a call of each, or why there are none.
+
+    What the meter is too coarse for is left out; where that is everything, the reason is the last one's.
+    """
     if isinstance(meter, Absent):
         return {"absent": meter.reason}
-    try:
-        used = {name: millijoules(meter, run, seconds) for name, run in runs.items()}
-    except ValueError as error:
-        return {"absent": str(error)}
-    return {"source": meter.source, "millijoules": used}
+    used, reason = {}, ""
+    for name, run in runs.items():
+        try:
+            used[name] = millijoules(meter, run, seconds)
+        except ValueError as error:
+            reason = str(error)
+    return {"absent": reason} if reason and not used else {"source": meter.source, "millijoules": used}
+
+
+def source(energy: Mapping[str, Any]) -> str:
+    """What the figures of :func:`metered` come from, or why there are none, for people."""
+    return str(energy["source"]) if "source" in energy else f"not measured: {energy.get('absent', 'unknown')}"
 
 
 def _line(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from nas import __version__
 from nas.errors import TableError
 from nas.latency import checkpoint
 from nas.latency.device import Device
-from nas.latency.energy import Absent, millijoules
+from nas.latency.energy import metered, source
 from nas.latency.interpolate import interpolate
 from nas.latency.measure import AGGREGATORS, Measurement, Progress, Timing, interleave
 from nas.latency.plan import CALLS, YARDSTICK, CalibrationNet, Plan, choose_keys, load_yardstick
@@ -28,6 +27,7 @@ from nas.locks import timing_lock
 from nas.space import SearchSpace
 
 ENERGY_SHARE = 0.25  # of the measuring time, on top of it, where energy can be metered
+LEAST_ENERGY_SECONDS = 0.02  # of a model: counters move in steps
 
 
 @dataclass(frozen=True)
@@ -145,20 +145,10 @@ def measure(
             earlier=earlier, checkpoint=keep,
         )  # fmt: skip
         keep(measurement)
-        energy, meter = _energy(runners, device, ENERGY_SHARE * measurement.seconds)
-    return Seen(measurement, {name: runner.fused() for name, runner in runners.items()}, energy, meter)
-
-
-def _energy(runners: Mapping[str, Runner], device: Device, seconds: float) -> tuple[dict[str, float], str]:
-    """Millijoules of a call of each model, and what they were metered by, or why they were not."""
-    meter = device.energy_meter()
-    if isinstance(meter, Absent):
-        return {}, f"not measured: {meter.reason}"
-    found = {}
-    for name, runner in runners.items():
-        with contextlib.suppress(ValueError):  # a meter too coarse for this one
-            found[name] = millijoules(meter, runner, seconds=max(0.02, seconds / len(runners)))
-    return found, meter.source
+        each = max(LEAST_ENERGY_SECONDS, ENERGY_SHARE * measurement.seconds / len(runners))
+        energy = metered(device.energy_meter(), runners, each)
+    fused = {name: runner.fused() for name, runner in runners.items()}
+    return Seen(measurement, fused, energy.get("millijoules", {}), source(energy))
 
 
 def assemble(plan: Plan, seen: Seen, device: Mapping[str, object]) -> LatencyTable:
