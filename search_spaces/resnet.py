@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nas import members
@@ -32,6 +31,7 @@ from nas.parts import (
     Resize,
 )
 from nas.space import Candidate, Choice, SearchSpace, Site, TaskInfo, Training
+from nas.staged import StagedClassifier
 
 
 def round8(channels: float) -> int:
@@ -61,35 +61,6 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out(self.second(self.act(self.first(x))) + self.shortcut(x))
-
-
-class ResNetModel(nn.Module):
-    """Preprocessing, stem, stages, pooled 1×1-convolution classifier: raw images → logits."""
-
-    mean: torch.Tensor
-    scale: torch.Tensor
-
-    def __init__(self, task: TaskInfo, resolution: int, stem: nn.Module, stages: nn.ModuleList, width: int) -> None:
-        super().__init__()
-        channels = task.input_shape[0]
-        self.register_buffer("mean", torch.tensor(task.mean).view(1, channels, 1, 1))
-        self.register_buffer("scale", 1.0 / torch.tensor(task.std).view(1, channels, 1, 1))
-        self.resolution = resolution
-        self.resize = tuple(task.input_shape[1:]) != (resolution, resolution)
-        self.stem = stem
-        self.stages = stages
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Conv2d(width, task.classes, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = (x - self.mean) * self.scale
-        if self.resize:
-            x = F.interpolate(x, size=(self.resolution, self.resolution), mode="bilinear", align_corners=False)
-        x = self.stem(x)
-        for stage in self.stages:
-            for block in stage.children():
-                x = block(x)
-        return self.head(self.pool(x)).flatten(1)
 
 
 class ResNet(SearchSpace):
@@ -252,7 +223,7 @@ class ResNet(SearchSpace):
                 first = (self._width(c, s - 1), width, self.strides[s])
                 blocks.append(BasicBlock(*(first if d == 0 else (width, width, 1))))
             stages.append(blocks)
-        return ResNetModel(self.task, int(c["resolution"]), stem, stages, width)
+        return StagedClassifier(self.task, int(c["resolution"]), stem, stages, width)
 
     def _pruned(self, c: Candidate, stage: int) -> Training | None:
         """Inner channels kept, per block."""

@@ -8,7 +8,7 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,14 @@ class Row:
     std: float
     count: int
     group: str = ""
+
+
+def bottlenecks(config: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Blocks of a published network's configuration with their convolutions, but for those that do nothing."""
+    for block in config["blocks"]:
+        conv = block["mobile_inverted_conv"]
+        if conv is not None and conv["name"] != "ZeroLayer":
+            yield block, conv
 
 
 def read_rows(path: Path, group: str) -> list[Row]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nas.errors import TableError
-from nas.latency.importers.base import Format, importers, out_size, read_rows, shape, table_of
+from nas.latency.importers.base import Format, bottlenecks, importers, out_size, read_rows, shape, table_of
 from nas.latency.table import LatencyTable
 
 SPACE = "ofa_mbv3"
@@ -130,10 +130,7 @@ def config_blocks(config: Mapping[str, Any], resolution: int) -> list[str]:
     """
     try:
         found = []
-        for block in config["blocks"]:
-            conv = block["mobile_inverted_conv"]
-            if conv is None or conv["name"] == "ZeroLayer":
-                continue
+        for block, conv in bottlenecks(config):
             middle = conv["mid_channels"] or round(conv["in_channels"] * conv["expand_ratio"])
             found.append(
                 Block(

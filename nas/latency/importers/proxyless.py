@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nas.errors import TableError
-from nas.latency.importers.base import Format, importers, out_size, read_rows, shape, table_of
+from nas.latency.importers.base import Format, bottlenecks, importers, out_size, read_rows, shape, table_of
 from nas.latency.table import LatencyTable
 
 SPACE = "proxylessnas"
@@ -96,10 +96,7 @@ def blocks(config: Mapping[str, Any], resolution: int = RESOLUTION) -> list[str]
     """
     try:
         found = []
-        for block in config["blocks"]:
-            conv = block["mobile_inverted_conv"]
-            if conv is None or conv["name"] == "ZeroLayer":
-                continue
+        for block, conv in bottlenecks(config):
             found.append(
                 Block(
                     conv["in_channels"], conv["out_channels"], conv["expand_ratio"], conv["kernel_size"],
