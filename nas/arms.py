@@ -1,21 +1,25 @@
-"""The arms of a run: each searches or is given, sends its entrants, and all of them are measured side by side."""
+"""The arms of a run: each searches or is given, sends its entrants, and all are measured, which corrects the table."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nas.controller import Budget, Counts, SearchController, best, front, objective, spread
-from nas.errors import StudyError
+from nas.errors import StudyError, TableError
 from nas.executors import Executor
 from nas.experiment import Experiment
 from nas.latency import CostEstimator, LatencyTable
+from nas.latency.refine import Measured, Refinement, refined
+from nas.locks import cache_lock
 from nas.masks import Masks
 from nas.progress import Progress
 from nas.reward import Limit, Reward, violation
 from nas.student.finalists import Entrant, Finalist, Session, judge, measure_models, train_finalists
+from nas.student.tables import cached_path
 from nas.study import Study, Trial, trainings
 
 if TYPE_CHECKING:
@@ -151,6 +155,44 @@ def measure_finalists(
     seconds = job.experiment.finalists.seconds
     session = measure_models(models, job.device, seconds, job.progress.update, unmeasured, job.alternatives)
     return judge(entrants, facts, session, folder, reward, limits), session
+
+
+def close_loop(job: Job, table: LatencyTable, finalists: Sequence[Finalist], session: Session) -> Refinement:
+    """Compare the table with what was measured in the end, correct it, and keep the corrected one beside it.
+
+    The run's own ``table.json`` stays as it is: it is what this search's prices were. So does the cached one, unless
+    ``table.learn`` is set: a search that is repeated shall be the same search.
+    """
+    parts = job.space.keys()
+    whole = [
+        Measured(
+            f.entrant.name, tuple(job.space.parts(job.space.decode(f.entrant.genome))),
+            session.timings[f.entrant.name], f.size_bytes,
+        )
+        for f in finalists
+    ]  # fmt: skip
+    result = refined(table, parts, whole, session.entries, session.yardstick_ms)
+    result.table.save(job.run / "table-refined.json")
+    if job.experiment.table.learn:
+        cached = cached_path(job.space, job.device)
+        with cache_lock(cached):
+            if not cached.exists() or _same(cached, table):
+                result.table.save(cached)
+    if result.exceeded:
+        job.warn(
+            f"the latency table was {100 * result.before.mape:.1f} % off on the finalists, on average: more than the "
+            f"{100 * result.claim:.1f} % that it claims and the {100 * result.noise:.1f} % of noise; corrected by them "
+            f"it is {100 * result.after.mape:.1f} % off"
+        )
+    return result
+
+
+def _same(path: Path, table: LatencyTable) -> bool:
+    """Whether a file still is the table that this search began with: another search may have corrected it meanwhile."""
+    try:
+        return LatencyTable.load(path).sha256 == table.sha256
+    except TableError:
+        return False
 
 
 class _Watch:

@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from nas import content
-from nas.arms import entrants, measure_finalists, search_arm
+from nas.arms import close_loop, entrants, measure_finalists, search_arm
 from nas.controller import Counts
 from nas.earlier import earlier_trials
 from nas.errors import BudgetError, ExperimentError, StudyError, TableError
@@ -45,7 +45,7 @@ from nas.latency.estimator import LATENCIES
 from nas.latency.fit import FitError
 from nas.latency.measure import Timing
 from nas.latency.profile import Effort, describe
-from nas.latency.refine import Measured, Refinement, refined
+from nas.latency.refine import Refinement
 from nas.locks import cache_dir, cache_lock, run_lock
 from nas.masks import Masks, find_masks, note
 from nas.progress import Progress, Silent
@@ -513,44 +513,6 @@ def screening(limits: tuple[Limit, ...], errors: Mapping[str, FitError]) -> tupl
 def _margin(errors: Mapping[str, FitError], cost: str) -> float:
     """An imported table claims no error."""
     return min(0.2, errors[cost].mape) if cost in errors else 0.0
-
-
-def close_loop(job: Job, table: LatencyTable, finalists: Sequence[Finalist], session: Session) -> Refinement:
-    """Compare the table with what was measured in the end, correct it, and keep the corrected one beside it.
-
-    The run's own ``table.json`` stays as it is: it is what this search's prices were. So does the cached one, unless
-    ``table.learn`` is set: a search that is repeated shall be the same search.
-    """
-    parts = job.space.keys()
-    whole = [
-        Measured(
-            f.entrant.name, tuple(job.space.parts(job.space.decode(f.entrant.genome))),
-            session.timings[f.entrant.name], f.size_bytes,
-        )
-        for f in finalists
-    ]  # fmt: skip
-    result = refined(table, parts, whole, session.entries, session.yardstick_ms)
-    result.table.save(job.run / "table-refined.json")
-    if job.experiment.table.learn:
-        cached = cached_path(job.space, job.device)
-        with cache_lock(cached):
-            if not cached.exists() or _same(cached, table):
-                result.table.save(cached)
-    if result.exceeded:
-        job.warn(
-            f"the latency table was {100 * result.before.mape:.1f} % off on the finalists, on average: more than the "
-            f"{100 * result.claim:.1f} % that it claims and the {100 * result.noise:.1f} % of noise; corrected by them "
-            f"it is {100 * result.after.mape:.1f} % off"
-        )
-    return result
-
-
-def _same(path: Path, table: LatencyTable) -> bool:
-    """Whether a file still is the table that this search began with: another search may have corrected it meanwhile."""
-    try:
-        return LatencyTable.load(path).sha256 == table.sha256
-    except TableError:
-        return False
 
 
 def choose(finalists: list[Finalist], warn: Any) -> Finalist:
