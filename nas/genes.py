@@ -21,6 +21,8 @@ Value = int | float | str | bool
 Genomes = npt.NDArray[np.int64]
 T = TypeVar("T")
 MAX_TABLE_ENTRIES = 2_000_000
+#: What a choice may belong to: searches one after the other, and reports, tell them apart.
+TECHNIQUES = ("architecture", "pruning", "low_rank", "quantization", "clustering", "distillation")
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,19 @@ class Choice:
         values: the values, at least one, all different.
         ordered: whether neighbours in ``values`` are alike (numbers in rising order are, by default).
         plain: for a choice of compression, the value that means "not compressed"; None for any other choice.
+        technique: what the choice belongs to, one of :data:`TECHNIQUES`.
     """
 
     name: str
     values: tuple[Value, ...]
     ordered: bool = field(default=False)
     plain: Value | None = field(default=None, kw_only=True)
+    technique: str = field(default="architecture", kw_only=True)
 
     def __init__(
-        self, name: str, values: Iterable[Value], ordered: bool | None = None, *, plain: Value | None = None
-    ) -> None:
+        self, name: str, values: Iterable[Value], ordered: bool | None = None, *, plain: Value | None = None,
+        technique: str = "architecture",
+    ) -> None:  # fmt: skip
         values = tuple(values)
         if not values:
             raise SpaceError(f"Choice {name!r} has no values.", expected="at least one value")
@@ -58,7 +63,12 @@ class Choice:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "ordered", ordered)
+        if technique not in TECHNIQUES:
+            raise SpaceError(
+                f"Choice {name!r} belongs to {technique!r}.", expected=f"one of {', '.join(TECHNIQUES)}"
+            )
         object.__setattr__(self, "plain", plain)
+        object.__setattr__(self, "technique", technique)
 
     def index(self, value: Value) -> int:
         """Position of ``value``; raises SpaceError where it is not one of the values."""

@@ -57,3 +57,11 @@ def _member(
 
 def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
     return list({tuple(c.as_dict().items()): c for c in candidates}.values())
+
+
+def distillation_choices(kd_weights: Sequence[float], temperatures: Sequence[float]) -> tuple[Choice, Choice]:
+    """The genes of the distillation that every family has: ``kd_weight`` and ``temperature``."""
+    return (
+        Choice("kd_weight", kd_weights, technique="distillation"),
+        Choice("temperature", temperatures, technique="distillation"),
+    )

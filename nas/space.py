@@ -39,6 +39,7 @@ class TaskInfo:
         classes: number of classes.
         mean, std: per-channel statistics of the training split, in raw units.
         value_range: smallest and largest raw value.
+        dtype: of a raw sample: ``float32``, or ``int64`` for the numbers of tokens.
     """
 
     input_shape: tuple[int, ...]
@@ -46,6 +47,7 @@ class TaskInfo:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     value_range: tuple[float, float] = (0.0, 1.0)
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,15 @@ class Training:
     Attributes:
         kd_weight: weight of the teacher's soft targets, 0..1 (the rest is cross-entropy).
         temperature: softmax temperature of the distillation.
+        feature_weight: weight of the distance to the teacher's intermediate features, 0 or more.
+        attention_weight: weight of the distance to the teacher's attention maps, 0 or more.
         compression: pass name → its settings for this candidate, applied in this order before the last epochs.
     """
 
     kd_weight: float = 0.0
     temperature: float = 1.0
+    feature_weight: float = 0.0
+    attention_weight: float = 0.0
     compression: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -265,7 +271,7 @@ def _merged(trainings: Mapping[str, Training]) -> Training:
     distillation: dict[str, float] = {}
     compression: dict[str, dict[str, Any]] = {}
     for name, training in trainings.items():
-        for what in ("kd_weight", "temperature"):
+        for what in ("kd_weight", "temperature", "feature_weight", "attention_weight"):
             value = getattr(training, what)
             if value != getattr(Training, what):
                 _set(distillation, what, value, name)

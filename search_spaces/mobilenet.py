@@ -97,10 +97,10 @@ class MobileNet(SearchSpace):
                 Choice(f"stage{s}.width", widths[s]),
                 Choice(f"stage{s}.kernel", kernels),
                 Choice(f"stage{s}.expand", expansions),
-                Choice(f"stage{s}.prune", prune, plain=0.0 if 0.0 in prune else None),
-                Choice(f"stage{s}.bits", bits, plain=32 if 32 in bits else None),
+                Choice(f"stage{s}.prune", prune, plain=0.0 if 0.0 in prune else None, technique="pruning"),
+                Choice(f"stage{s}.bits", bits, plain=32 if 32 in bits else None, technique="quantization"),
             ]
-        choices += [Choice("kd_weight", kd_weights), Choice("temperature", temperatures)]
+        choices += members.distillation_choices(kd_weights, temperatures)
         # A choice of one value is no choice, but spaces with fixed genes keep one shape of genome.
         self.choices = tuple(choices)
         sites: dict[str, Site] = {"input": self._input, "stem": self._stem, "head": self._head, "output": self._output}

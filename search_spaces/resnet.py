@@ -106,10 +106,10 @@ class ResNet(SearchSpace):
             choices += [
                 Choice(f"stage{s}.depth", depths[s]),
                 Choice(f"stage{s}.width", widths[s]),
-                Choice(f"stage{s}.prune", prune, plain=plain_prune),
-                Choice(f"stage{s}.bits", bits, plain=plain_bits),
+                Choice(f"stage{s}.prune", prune, plain=plain_prune, technique="pruning"),
+                Choice(f"stage{s}.bits", bits, plain=plain_bits, technique="quantization"),
             ]
-        self.choices = (*choices, Choice("kd_weight", kd_weights), Choice("temperature", temperatures))
+        self.choices = (*choices, *members.distillation_choices(kd_weights, temperatures))
         sites: dict[str, Site] = {"input": self._input, "stem": self._stem, "head": self._head, "output": self._output}
         for s in self.stages:
             sites[f"stage{s}.first"] = partial(self._first, stage=s)

@@ -144,10 +144,10 @@ class ViT(SearchSpace):
                 Choice(f"group{g}.depth", depths[g]),
                 Choice(f"group{g}.heads", heads),
                 Choice(f"group{g}.ratio", ratios),
-                Choice(f"group{g}.prune", prune, plain=plain_prune),
-                Choice(f"group{g}.bits", bits, plain=plain_bits),
+                Choice(f"group{g}.prune", prune, plain=plain_prune, technique="pruning"),
+                Choice(f"group{g}.bits", bits, plain=plain_bits, technique="quantization"),
             ]
-        self.choices = (*choices, Choice("kd_weight", kd_weights), Choice("temperature", temperatures))
+        self.choices = (*choices, *members.distillation_choices(kd_weights, temperatures))
         sites: dict[str, Site] = {"input": self._input, "patch": self._patch, "head": self._head}
         for g in self.groups:
             sites[f"group{g}.attention"] = partial(self._attention, group=g)

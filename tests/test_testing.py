@@ -13,7 +13,7 @@ import torch
 from helpers import IMAGES, TinyModel, TinySpace
 from torch import nn
 
-from nas.compression import ChannelPrune, Pass
+from nas.compression import ChannelPrune, Loss, Pass
 from nas.evaluators import Evaluation, Evaluator, Lookup
 from nas.parts import Conv, Part
 from nas.reward import MnasNetHard, Reward, SingleCost, WeightedProduct
@@ -311,7 +311,7 @@ class Helper(nn.Conv2d):
 
 
 class Leaves(Pass):
-    def apply(self, model: nn.Module, sample: torch.Tensor) -> nn.Module:
+    def apply(self, model: nn.Module, sample: torch.Tensor, loss: Loss | None = None) -> nn.Module:
         for name in self.settings:
             conv = model.get_submodule(name)
             conv.__class__ = Helper
@@ -319,18 +319,18 @@ class Leaves(Pass):
 
 
 class Shrinks(ChannelPrune):
-    def apply(self, model: nn.Module, sample: torch.Tensor) -> nn.Module:
+    def apply(self, model: nn.Module, sample: torch.Tensor, loss: Loss | None = None) -> nn.Module:
         model.head = nn.Conv2d(model.head.in_channels, 3, 1)  # type: ignore[union-attr, arg-type]
         return model
 
 
 class Freezes(ChannelPrune):
-    def apply(self, model: nn.Module, sample: torch.Tensor) -> nn.Module:
+    def apply(self, model: nn.Module, sample: torch.Tensor, loss: Loss | None = None) -> nn.Module:
         return super().apply(model, sample).requires_grad_(False)
 
 
 class Forgives(Pass):
-    def apply(self, model: nn.Module, sample: torch.Tensor) -> nn.Module:
+    def apply(self, model: nn.Module, sample: torch.Tensor, loss: Loss | None = None) -> nn.Module:
         return model
 
 

@@ -1,7 +1,9 @@
 """Compression: one technique per file, each a pass from module to smaller module."""
 
-from nas.compression.base import Pass, apply_passes, passes, restore, rewrite_onnx
+from nas.compression.base import Loss, Pass, Plan, apply_passes, passes, penalties, restore, rewrite_onnx
 from nas.compression.channel_prune import ChannelPrune
 from nas.compression.quantize import Quantize
 
-__all__ = ["ChannelPrune", "Pass", "Quantize", "apply_passes", "passes", "restore", "rewrite_onnx"]
+__all__ = ["ChannelPrune", "Loss", "Pass", "Plan", "Quantize", "apply_passes", "passes", "penalties", "restore",
+    "rewrite_onnx",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,22 +19,49 @@ if TYPE_CHECKING:
     from torch import nn
 
 Plan = Mapping[str, Mapping[str, Any]]
+Loss = Callable[["torch.Tensor"], "torch.Tensor"]  # logits of the sample → mean loss, a scalar
 
 
 class Pass(abc.ABC):
-    """One technique in its three moments; ``settings`` maps module names to what is asked of them.
+    """One technique in its moments; ``settings`` maps module names to what is asked of them.
 
-    1. :meth:`apply` before the last training epochs: module in, smaller or simulating module out;
-    2. :meth:`restore` after training: back to plain layers that export cleanly;
-    3. :meth:`rewrite` on the exported ONNX: what only the runtime's format can express.
+    1. :meth:`penalty` while the model is trained plain: what makes it easier to compress;
+    2. :meth:`apply` before the last training epochs: module in, smaller or simulating module out;
+    3. :meth:`restore` after training: back to plain layers that export cleanly;
+    4. :meth:`rewrite` on the exported ONNX: what only the runtime's format can express.
+
+    A name that an earlier pass split into several layers stands for all of them (:func:`layers_of`).
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = dict(settings)
 
+    @classmethod
+    def settings_for(
+        cls, model: nn.Module, sample: torch.Tensor, loss: Loss | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Settings layer by layer of what is asked of a whole model, such as ``ratio=0.5``; the model stays as it is.
+
+        What a person writes on the command line goes through here, and so does what depends on the weights, such as a
+        rank by energy: settings alone decide the structure of what :meth:`apply` makes.
+
+        Raises:
+            CompressionError: an option is unknown or cannot be met.
+        """
+        raise CompressionError(f"{cls.__name__} takes no options for a whole model.", expected="settings by layer")
+
+    def penalty(self, model: nn.Module) -> torch.Tensor | None:
+        """Added to the loss of the epochs before :meth:`apply` (default: nothing)."""
+        return None
+
     @abc.abstractmethod
-    def apply(self, model: nn.Module, sample: torch.Tensor) -> nn.Module:
-        """Compress ``model``; ``sample`` is a small batch of real raw inputs ``[n, *input_shape]``.
+    def apply(self, model: nn.Module, sample: torch.Tensor, loss: Loss | None = None) -> nn.Module:
+        """Compress ``model``, in place or not.
+
+        Args:
+            sample: a small batch of real raw inputs ``[n, *input_shape]``.
+            loss: of the model's output for ``sample``, for what follows gradients. Where there is none, the structure
+                is what it would be with one, and the choice of weights may be worse.
 
         Raises:
             CompressionError: a name is no module of the model, or a setting cannot be met.
@@ -55,11 +83,16 @@ def _pipeline(plan: Plan) -> list[Pass]:
     return [passes.get(name)(settings) for name, settings in plan.items()]
 
 
-def apply_passes(model: nn.Module, plan: Plan, sample: torch.Tensor) -> nn.Module:
-    """Apply every pass of ``plan`` in order."""
+def apply_passes(model: nn.Module, plan: Plan, sample: torch.Tensor, loss: Loss | None = None) -> nn.Module:
+    """Apply every pass of ``plan`` in order; arguments as of :meth:`Pass.apply`."""
     for step in _pipeline(plan):
-        model = step.apply(model, sample)
+        model = step.apply(model, sample, loss)
     return model
+
+
+def penalties(model: nn.Module, plan: Plan) -> list[Callable[[], torch.Tensor | None]]:
+    """What the passes of ``plan`` add to the loss while ``model`` is trained plain."""
+    return [partial(step.penalty, model) for step in _pipeline(plan) if type(step).penalty is not Pass.penalty]
 
 
 def restore(model: nn.Module, plan: Plan) -> nn.Module:
@@ -85,3 +118,21 @@ def named_module(model: nn.Module, name: str, technique: str) -> nn.Module:
         near = difflib.get_close_matches(name, list(modules), n=3) or sorted(modules)[:5]
         raise CompressionError(f"{technique}: the model has no module {name!r}.", expected=f"a name such as {near}")
     return modules[name]
+
+
+def layers_of(model: nn.Module, name: str, technique: str) -> dict[str, nn.Module]:
+    """The convolution or linear layer called ``name``, or those that an earlier pass made of it, by their own names.
+
+    Raises:
+        CompressionError: there is no such module, or it is no such layer.
+    """
+    from torch import nn
+
+    module = named_module(model, name, technique)
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        return {name: module}
+    if isinstance(module, nn.Sequential):
+        pieces = {f"{name}.{leaf}": layer for leaf, layer in module.named_children()}
+        if pieces and all(isinstance(layer, nn.Conv2d | nn.Linear) for layer in pieces.values()):
+            return pieces
+    raise CompressionError(f"{technique}: {name!r} is a {type(module).__name__}.", expected="a Conv2d or Linear layer")

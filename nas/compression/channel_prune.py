@@ -8,7 +8,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from nas.compression.base import Pass, named_module, passes
+from nas.compression.base import Loss, Pass, named_module, passes
 from nas.errors import CompressionError
 
 
@@ -21,7 +21,7 @@ class ChannelPrune(Pass):
     channel runs through. The module becomes physically smaller; nothing is masked.
     """
 
-    def apply(self, model: nn.Module, sample: torch.Tensor) -> nn.Module:
+    def apply(self, model: nn.Module, sample: torch.Tensor, loss: Loss | None = None) -> nn.Module:
         graph: Any = tp.DependencyGraph().build_dependency(model, example_inputs=sample[:1])
         importance = tp.importance.GroupMagnitudeImportance(p=1)
         for name, keep in self.settings.items():

@@ -16,7 +16,7 @@ import onnx
 import torch
 from torch import nn
 
-from nas.compression.base import Pass, named_module, passes
+from nas.compression.base import Loss, Pass, named_module, passes
 from nas.compression.fold import consumers, fold_batchnorm, replace_module
 from nas.errors import CompressionError
 
@@ -134,7 +134,7 @@ class Quantize(Pass):
     between the linear layers of a transformer stand operators that have no integer kernel.
     """
 
-    def apply(self, model: nn.Module, sample: torch.Tensor) -> nn.Module:
+    def apply(self, model: nn.Module, sample: torch.Tensor, loss: Loss | None = None) -> nn.Module:
         for name, bits in self.settings.items():
             layer = named_module(model, name, "quantize")
             if not isinstance(layer, nn.Conv2d | nn.Linear):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from nas.compression import apply_passes
+from nas.compression import apply_passes, penalties
 from nas.errors import TrainingError
 from nas.space import Training
 from nas.tasks import Task
@@ -97,11 +97,13 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     compressed = recipe.compressed_epochs if training.compression else 0
     plain = recipe.epochs - compressed
+    eased = penalties(model, training.compression)
     # Depthwise convolutions train about twice as fast on a CPU with channels last.
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    _fit(model, task, lessons, training, recipe, recipe.lr, range(plain), generator, deadline, share)
+    _fit(model, task, lessons, training, recipe, recipe.lr, range(plain), generator, deadline, share, eased)
     if training.compression:
-        model = apply_passes(model, training.compression, lessons.x[0, :SAMPLE])
+        labels = lessons.y[:SAMPLE]
+        model = apply_passes(model, training.compression, lessons.x[0, :SAMPLE], lambda out: task.loss(out, labels))
         epochs = range(plain, recipe.epochs)
         _fit(model, task, lessons, training, recipe, recipe.lr * FINE_TUNE_LR, epochs, generator, deadline, share)
     return model.eval()
@@ -118,6 +120,7 @@ def _fit(
     generator: torch.Generator,
     deadline: float,
     share: float,
+    eased: Sequence[Callable[[], torch.Tensor | None]] = (),
 ) -> None:
     n, batch = len(lessons.y), min(recipe.batch_size, len(lessons.y))
     steps = max(1, round(share * len(epochs) * (n // batch)))
@@ -132,6 +135,7 @@ def _fit(
             )
         else:
             loss = task.loss(logits, lessons.y[rows])
+        loss = sum((extra for penalty in eased if (extra := penalty()) is not None), start=loss)
         if not torch.isfinite(loss):
             raise TrainingError(f"The loss became {loss.item()} in epoch {epoch + 1}.", remedy="a lower training.lr")
         if time.monotonic() > deadline:
