@@ -57,16 +57,16 @@ class Training:
     Attributes:
         kd_weight: weight of the teacher's soft targets, 0..1 (the rest is cross-entropy).
         temperature: softmax temperature of the distillation.
+        compression: pass name → its settings for this candidate, applied in this order before the last epochs.
         feature_weight: weight of the distance to the teacher's intermediate features, 0 or more.
         attention_weight: weight of the distance to the teacher's attention maps, 0 or more.
-        compression: pass name → its settings for this candidate, applied in this order before the last epochs.
     """
 
     kd_weight: float = 0.0
     temperature: float = 1.0
+    compression: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     feature_weight: float = 0.0
     attention_weight: float = 0.0
-    compression: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 Site = Callable[[Candidate], "Part | Iterable[Part] | None"]
