@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 import torch
 from onnx import numpy_helper
-from torch import nn
+from torch import fx, nn
 
 from nas.compression import restore, rewrite_onnx
 from nas.compression.base import Plan
@@ -51,10 +51,19 @@ def export_float(model: nn.Module, sample: torch.Tensor) -> onnx.ModelProto:
         torch.onnx.export(
             model.eval(), (sample,), buffer, dynamo=False, opset_version=OPSET,
             input_names=[INPUT], output_names=[OUTPUT],
+            # Only where it is asked for: the exporter leaves more to the runtime when it does not know a shape.
+            dynamic_axes={INPUT: {0: "batch"}} if _reads_batch(model) else None,
         )  # fmt: skip
     exported = onnx.load_from_string(buffer.getvalue())
     _name_linear_weights(exported, model)
     return free_batch(exported)
+
+
+def _reads_batch(model: nn.Module) -> bool:
+    """Whether a traced forward computes with the size of the batch, which must not become a number."""
+    return isinstance(model, fx.GraphModule) and any(
+        node.op == "call_method" and node.target == "size" for node in model.graph.nodes
+    )
 
 
 def _name_linear_weights(exported: onnx.ModelProto, model: nn.Module) -> None:
