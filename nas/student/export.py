@@ -44,19 +44,26 @@ def to_onnx(
 
 def export_float(model: nn.Module, sample: torch.Tensor) -> onnx.ModelProto:
     """Plain export of a float module, with a free batch dimension."""
+    return free_batch(export_fixed(model, (sample,)))
+
+
+def export_fixed(model: nn.Module, samples: tuple[torch.Tensor, ...]) -> onnx.ModelProto:
+    """Plain export of a float module for inputs of exactly these shapes; the first is called ``input``."""
     buffer: Any = io.BytesIO()
     with warnings.catch_warnings():
         # The TorchScript exporter is deprecated but takes well under a second where its successor takes 4 to 11.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model.eval(), (sample,), buffer, dynamo=False, opset_version=OPSET,
-            input_names=[INPUT], output_names=[OUTPUT],
+            model.eval(), samples, buffer, dynamo=False, opset_version=OPSET,
+            input_names=[INPUT, *(f"{INPUT}{i}" for i in range(1, len(samples)))], output_names=[OUTPUT],
             # Only where it is asked for: the exporter leaves more to the runtime when it does not know a shape.
             dynamic_axes={INPUT: {0: "batch"}} if _reads_batch(model) else None,
         )  # fmt: skip
     exported = onnx.load_from_string(buffer.getvalue())
     _name_linear_weights(exported, model)
-    return free_batch(exported)
+    _drop_dead_nodes(exported)
+    _unshare_initializers(exported)
+    return exported
 
 
 def _reads_batch(model: nn.Module) -> bool:
@@ -98,7 +105,6 @@ def free_batch(model: onnx.ModelProto) -> onnx.ModelProto:
             del node.input[1:]
             node.input.extend(["", name])
     _drop_dead_nodes(model)
-    _unshare_initializers(model)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     del model.graph.value_info[:]
