@@ -273,10 +273,20 @@ def piece_onnx(
     exported = export_fixed(fold_batchnorm(module).eval(), samples)
     if plan:
         exported = rewrite_onnx(exported, plan, samples[0].numpy())
-    if precision == "int8":
+    if precision == "int8" and not isinstance(structure.modules.get(cluster.layer), nn.Linear):
         exported = _integer_ends(exported) if cluster.layer else _in_integers(exported)
+    _free_batch(exported, structure, cluster)
     onnx.checker.check_model(exported)
     return exported
+
+
+def _free_batch(model: onnx.ModelProto, structure: Structure, cluster: Cluster) -> None:
+    """Batches of any size, as the whole network takes them: the runtime fuses more where it knows the size."""
+    ends = [*zip(model.graph.input, cluster.inputs, strict=True), *zip(model.graph.output, cluster.outputs, strict=True)]
+    for value, node in ends:
+        for axis, dim in enumerate(structure.axes.of[node]):
+            if dim.terms == ((structure.axes.batch,),):
+                value.type.tensor_type.shape.dim[axis].dim_param = "batch"
 
 
 def _sample(structure: Structure, node: fx.Node, sizes: Sizes, generator: torch.Generator) -> torch.Tensor:

@@ -252,38 +252,64 @@ class DerivedSpace(SearchSpace):
             node = block.shortcut
         return node
 
-    def _bits(self, c: Candidate, path: str) -> int:
+    def _asked(self, c: Candidate, path: str) -> int:
+        """Bits of a layer, as its gene says."""
         gene = self._bits_of.get(path)
         if gene is None:
             return 32
         return int(c[gene]) if gene in self._offered else int(self._values["bits"][0])
 
-    def _integers(self, c: Candidate, node: fx.Node) -> bool:
+    def _bits(self, c: Candidate, path: str) -> int:
+        """Bits of a layer, as the runtime executes it.
+
+        onnxruntime computes a float convolution in integers where its input is read from integers and its output goes
+        to nothing but integers. So that is how it is trained and priced.
+        """
+        asked = self._asked(c, path)
+        node = self._called[path]
+        if asked <= 8 or not isinstance(self.structure.layer(node), nn.Conv2d):
+            return asked
+        if f"{path}.rank" in self._offered and float(c[f"{path}.rank"]) < FULL:
+            return asked  # it is two convolutions, of which neither has integers on both sides
+        if not self._quantized(c, node.all_input_nodes[0], asked=True):
+            return asked
+        readers = self._alive_readers(c, self._home[node].nodes[-1])
+        return 8 if readers and all(self._wants_integers(c, user, asked=True) for user in readers) else asked
+
+    def _integers(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
         """Whether a node's value is integers: convolutions', and what only passes them on.
 
         The rule of the quantiser (:func:`nas.compression.quantize.quantized_nodes`): an addition or pooling follows
         the input that was computed last.
+
+        Args:
+            asked: by what the genes ask for, and not by what the runtime makes of it.
         """
         node = self._read(c, node)
         layer = self.structure.layer(node)
         if isinstance(layer, nn.Conv2d):
-            return self._bits(c, str(node.target)) <= 8
+            return (self._asked if asked else self._bits)(c, str(node.target)) <= 8
         if node.op in ("placeholder", "get_attr", "call_method"):
             return False
         if isinstance(layer, nn.BatchNorm2d):
             before = node.all_input_nodes[0]
-            return isinstance(self.structure.layer(before), nn.Conv2d) and len(before.users) == 1 and self._integers(c, before)
+            return isinstance(self.structure.layer(before), nn.Conv2d) and len(before.users) == 1 and self._integers(c, before, asked)
         passes = isinstance(layer, (*RELUS, nn.Dropout, nn.Dropout2d, nn.Identity)) or self.structure.passes_on(node)
         if not passes:
             return False
         inputs = [self._read(c, n) for n in node.all_input_nodes if n.op != "get_attr"]
-        return self._integers(c, max(inputs, key=self.structure.rank.__getitem__))
+        return self._integers(c, max(inputs, key=self.structure.rank.__getitem__), asked)
+
+    def _quantized(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
+        """Whether a value is read from integers: it is some, or one of its readers wants some, and so all get them."""
+        node = self._read(c, node)
+        return self._integers(c, node, asked) or any(
+            self._wants_integers(c, user, asked) for user in self._alive_readers(c, node)
+        )
 
     def _plan(self, c: Candidate, path: str, sizes: Mapping[Var, int]) -> Plan:
         """Passes and settings of one layer."""
         plan: dict[str, dict[str, Any]] = {}
-        if path not in self._bits_of:
-            return plan
         if f"{path}.rank" in self._offered:
             rank = self._rank_of(path, *self._fans(path, sizes), float(c[f"{path}.rank"]))
             if rank is not None:
@@ -312,6 +338,8 @@ class DerivedSpace(SearchSpace):
                 return None
             if len(alive) < len(nodes):
                 cluster = Cluster(cluster.name, tuple(alive), cluster.layer)
+        if self._is_fused(c, cluster):
+            return None
         sizes = self._sizes(c, variables)
         layer = self.structure.modules.get(cluster.layer)
         plan = self._plan(c, cluster.layer, sizes) if cluster.layer else {}
@@ -322,6 +350,19 @@ class DerivedSpace(SearchSpace):
             precision = "int8" if self._integers(c, cluster.nodes[-1]) else "fp32"
         return segment(self.structure, cluster, sizes, plan, precision, bits)
 
+    def _is_fused(self, c: Candidate, cluster: Cluster) -> bool:
+        """Whether an addition is done by the float convolution before it: the runtime adds while it stores."""
+        node = cluster.nodes[0]
+        if getattr(node.target, "_opname", "") != "add" or len(node.all_input_nodes) != 2:
+            return False
+        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        if any(self._quantized(c, n) for n in inputs):
+            return False  # it would have to bring integers into the convolutions' layout first
+        last = max((self._read(c, n) for n in inputs), key=self.structure.rank.__getitem__)
+        while isinstance(self.structure.layer(last), nn.BatchNorm2d):
+            last = last.all_input_nodes[0]
+        return isinstance(self.structure.layer(last), nn.Conv2d)
+
     def _readers(self, node: fx.Node) -> list[fx.Node]:
         """First nodes of other clusters that read a value."""
         return [user for user in node.users if user.op != "output" and user.op != "call_method"]
@@ -330,18 +371,22 @@ class DerivedSpace(SearchSpace):
         return isinstance(self.structure.layer(node), nn.Conv2d) or bool(self._sources(node))
 
     def _boundary(self, c: Candidate, node: fx.Node) -> list[Part] | None:
-        """Quantisation of a value once, where some reader wants integers; dequantisation for each that does not."""
+        """Quantisation of a value once, where some reader wants integers; dequantisation for each that does not.
+
+        The quantiser lets all readers of a value read what was quantised for one of them.
+        """
         if self._dropped(c, node) or self._read(c, node) is not node:
             return None
         own = self._integers(c, node)
         readers = self._alive_readers(c, node)
         wanted = [self._wants_integers(c, user) for user in readers]
         shape = tuple(dim.sized(self._sizes(c, _variables(self.axes.of[node]))) for dim in self.axes.of[node][1:])
-        if own and wanted.count(False):
-            return [Part((Boundary("dequantize"),), shape, "boundary", wanted.count(False))]
-        if not own and wanted.count(True):
-            return [Part((Boundary("quantize"),), shape, "boundary")]
-        return None
+        parts = []
+        if not own and any(wanted):
+            parts.append(Part((Boundary("quantize"),), shape, "boundary"))
+        if (own or any(wanted)) and wanted.count(False):
+            parts.append(Part((Boundary("dequantize"),), shape, "boundary", wanted.count(False)))
+        return parts
 
     def _alive_readers(self, c: Candidate, node: fx.Node) -> list[fx.Node | None]:
         """Nodes of other clusters that read a value, also through blocks that are left out; None is the output."""
@@ -365,16 +410,16 @@ class DerivedSpace(SearchSpace):
     def _home(self) -> dict[fx.Node, Cluster]:
         return {node: cluster for cluster in self.structure.clusters for node in cluster.nodes}
 
-    def _wants_integers(self, c: Candidate, user: fx.Node | None) -> bool:
+    def _wants_integers(self, c: Candidate, user: fx.Node | None, asked: bool = False) -> bool:
         if user is None or isinstance(self.structure.layer(user), nn.Linear):
             return False
-        return self._integers(c, user)
+        return self._integers(c, user, asked)
 
     # ---- what is trained -----------------------------------------------------------------------------------
 
     def _treatments(self) -> dict[str, Treatment]:
         found: dict[str, Treatment] = {}
-        for path in self.layers:
+        for path in self.structure.layers:
             found[path] = partial(self._treated, path=path)
         found["distillation"] = self._distilled
         return found
