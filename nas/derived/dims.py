@@ -64,9 +64,7 @@ class Dim:
 
     def sized(self, sizes: dict[Var, int]) -> int:
         """Its size where the variables have others; resolved axes only."""
-        return sum(
-            math.prod(sizes.get(f, f.size) if isinstance(f, Var) else f for f in term) for term in self.terms
-        )
+        return sum(math.prod(sizes.get(f, f.size) if isinstance(f, Var) else f for f in term) for term in self.terms)
 
     def kept(self, chosen: dict[Var, torch.Tensor]) -> torch.Tensor:
         """Which places of the axis are kept, where of a variable the places ``chosen`` are; resolved axes only."""
@@ -354,7 +352,7 @@ def _attribute(found: Axes, node: fx.Node) -> list[Dim]:
 
 def _tensor(model: nn.Module, name: str) -> torch.Tensor:
     parent, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(parent), leaf)  # type: ignore[no-any-return]
+    return getattr(model.get_submodule(parent), leaf)
 
 
 # ---- layers ---------------------------------------------------------------------------------------
@@ -476,10 +474,10 @@ def _axis(node: fx.Node, position: int, default: int = 0) -> int:
 
 @_handles(
     "relu", "relu6", "hardtanh", "gelu", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu", "elu",
-    "softplus", "mish", "exp", "log", "sqrt", "rsqrt", "reciprocal", "abs", "neg", "erf", "square", "clamp", "clamp_min",
-    "clamp_max", "dropout", "feature_dropout", "to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach",
-    "softmax", "_softmax", "log_softmax", "float", "bitwise_not", "logical_not", "lift_fresh_copy", "pow", "sin", "cos",
-    "zeros_like", "ones_like", "round", "floor", "sign", "masked_fill",
+    "softplus", "mish", "exp", "log", "sqrt", "rsqrt", "reciprocal", "abs", "neg", "erf", "square", "clamp",
+    "clamp_min", "clamp_max", "dropout", "feature_dropout", "to", "_to_copy", "type_as", "contiguous", "clone", "alias",
+    "detach", "softmax", "_softmax", "log_softmax", "float", "bitwise_not", "logical_not",
+    "lift_fresh_copy", "pow", "sin", "cos", "zeros_like", "ones_like", "round", "floor", "sign", "masked_fill",
 )  # fmt: skip
 def _unary(found: Axes, node: fx.Node) -> list[Dim] | None:
     tensors = [n for n in node.all_input_nodes if n in found.of]

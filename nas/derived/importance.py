@@ -24,7 +24,7 @@ def importance(structure: Structure, variable: Var) -> torch.Tensor:
         layer = structure.modules.get(path)
         if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear | nn.Embedding):
             continue
-        weight = _scaled(structure, path, layer)
+        weight = _scaled(structure, path, layer.weight)
         per_place = weight.abs().movedim(use.axis, 0).flatten(1).mean(dim=1)
         places = use.dim.place(variable)
         own = torch.zeros(variable.size)
@@ -34,8 +34,8 @@ def importance(structure: Structure, variable: Var) -> torch.Tensor:
     return total
 
 
-def _scaled(structure: Structure, path: str, layer: nn.Module) -> torch.Tensor:
-    weight: torch.Tensor = layer.weight.detach()  # type: ignore[assignment,union-attr]
+def _scaled(structure: Structure, path: str, weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.detach()
     for node in structure.nodes:
         if node.op == "call_module" and node.target == path and len(node.users) == 1:
             norm = structure.layer(next(iter(node.users)))

@@ -7,7 +7,6 @@ the same passes, and exported by the same exporter.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -95,9 +94,7 @@ class Segment(Part):
         return self.writer(batch)
 
 
-def segment(
-    structure: Structure, cluster: Cluster, sizes: Sizes, plan: Plan, precision: str, bits: int
-) -> Segment:
+def segment(structure: Structure, cluster: Cluster, sizes: Sizes, plan: Plan, precision: str, bits: int) -> Segment:
     """The part of ``cluster`` where the variables have ``sizes``.
 
     Args:
@@ -151,7 +148,7 @@ def _text(structure: Structure, cluster: Cluster, single: Sizes, plan: Plan, bit
 
 def _word(structure: Structure, node: fx.Node, layer: nn.Module | None, single: Sizes) -> str:
     if isinstance(layer, nn.Conv2d | nn.Conv1d):
-        x, out = (dim.sized(dict(single)) for dim in structure.axes.layers[str(node.target)])
+        out = structure.axes.layers[str(node.target)][1].sized(dict(single))
         depthwise = layer.groups == layer.in_channels > 1
         kind = "dw" if depthwise else "conv"
         groups = f"g{layer.groups}" if layer.groups > 1 and not depthwise else ""
@@ -222,8 +219,11 @@ def _layer_counts(structure: Structure, node: fx.Node, single: Sizes, plan: Plan
         weights = out * fan_in * taps if rank is None else rank * (fan_in * taps + out)
         return places * weights, weights + (out if has_bias else 0)
     if isinstance(layer, nn.LayerNorm):
-        size = structure.axes.layers[path][0].sized(dict(single)) if path in structure.axes.layers else math.prod(
-            layer.normalized_shape)
+        size = (
+            structure.axes.layers[path][0].sized(dict(single))
+            if path in structure.axes.layers
+            else math.prod(layer.normalized_shape)
+        )
         return 0, size * 2
     return None
 
@@ -266,7 +266,8 @@ def piece_onnx(
     chosen = {variable: torch.arange(size) for variable, size in sizes.items()}
     module: nn.Module = shrunk(structure.axes, chosen, outputs=cluster.outputs, inputs=cluster.inputs)
     generator = torch.Generator().manual_seed(CALIBRATION_SEED)
-    samples = tuple(_sample(structure, node, {**sizes, structure.axes.batch: batch}, generator) for node in cluster.inputs)
+    whole = {**sizes, structure.axes.batch: batch}
+    samples = tuple(_sample(structure, node, whole, generator) for node in cluster.inputs)
     if plan:
         module = apply_passes(module, plan, samples[0])
         module = restore(module.eval(), plan)
@@ -282,8 +283,8 @@ def piece_onnx(
 
 def _free_batch(model: onnx.ModelProto, structure: Structure, cluster: Cluster) -> None:
     """Batches of any size, as the whole network takes them: the runtime fuses more where it knows the size."""
-    ends = [*zip(model.graph.input, cluster.inputs, strict=True), *zip(model.graph.output, cluster.outputs, strict=True)]
-    for value, node in ends:
+    values = (*model.graph.input, *model.graph.output)
+    for value, node in zip(values, (*cluster.inputs, *cluster.outputs), strict=True):
         for axis, dim in enumerate(structure.axes.of[node]):
             if dim.terms == ((structure.axes.batch,),):
                 value.type.tensor_type.shape.dim[axis].dim_param = "batch"
@@ -344,8 +345,3 @@ def _in_integers(model: onnx.ModelProto) -> onnx.ModelProto:
     graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
     del graph.value_info[:]
     return model
-
-
-def readable(name: str) -> str:
-    """A name for a choice: what a path of modules leaves of it."""
-    return re.sub(r"[^A-Za-z0-9_.]", "_", name)

@@ -84,6 +84,7 @@ def _resize(new: fx.Node, node: fx.Node, axes: Axes, sizes: dict[Var, int]) -> N
     """Sizes that the forward names become those of the smaller model."""
     name = getattr(node.target, "_opname", node.target)
     args: list[Any] = list(new.args)
+    given: Any = node.args
     if is_reshape(node):
         args[1] = _sizes(args[1], axes.of[node], sizes)
     elif node.op == "call_method" and name == "expand":
@@ -91,10 +92,10 @@ def _resize(new: fx.Node, node: fx.Node, axes: Axes, sizes: dict[Var, int]) -> N
     elif name == "expand":
         args[1] = _sizes(args[1], axes.of[node], sizes)
     elif name == "unflatten":
-        at = node.args[1] % node.args[0].meta["val"].ndim  # type: ignore[operator,union-attr]
+        at = given[1] % given[0].meta["val"].ndim
         args[2] = _sizes(args[2], axes.of[node][at : at + len(args[2])], sizes)
     elif name in ("split", "split_with_sizes"):
-        at = (node.args[2] if len(node.args) > 2 else 0) % node.args[0].meta["val"].ndim  # type: ignore[operator,union-attr]
+        at = (given[2] if len(given) > 2 else 0) % given[0].meta["val"].ndim
         pieces = [dims[at].sized(sizes) for dims in axes.of[node]]
         args[1] = pieces[0] if isinstance(args[1], int) else pieces
     elif name == "layer_norm":

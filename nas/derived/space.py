@@ -76,6 +76,10 @@ class DerivedSpace(SearchSpace):
     ) -> None:
         _check(prune, bits, ranks, multiple)
         self.task, self.multiple = task, multiple
+        if not isinstance(model, nn.Module) and not weights:
+            raise SpaceError(
+                "space.model has no weights.", expected="space.weights, its state_dict in a .safetensors file"
+            )
         module = model if isinstance(model, nn.Module) else own_module(str(model), weights)
         if isinstance(model, nn.Module):
             options = {
@@ -170,8 +174,9 @@ class DerivedSpace(SearchSpace):
             chains.setdefault(start, []).append(block)
         for start, blocks in chains.items():
             nodes = [n for block in blocks for n in block.branch]
-            paths = [str(n.target) for n in nodes if isinstance(self.structure.layer(n), nn.Conv2d)]
-            paths = [path for path in [*self._sources(start), *sorted(paths, key=self.structure.layers.index)] if path in gene]
+            inside = [str(n.target) for n in nodes if isinstance(self.structure.layer(n), nn.Conv2d)]
+            paths = [*self._sources(start), *sorted(inside, key=self.structure.layers.index)]
+            paths = [path for path in paths if path in gene]
             if len(blocks) > CHAIN and paths:
                 gene |= dict.fromkeys(paths, f"{paths[0]}.bits")
         return gene
@@ -216,9 +221,10 @@ class DerivedSpace(SearchSpace):
         """Weights of one output, and outputs, of a layer."""
         layer = self.structure.modules[path]
         x, out = (dim.sized(dict(sizes)) for dim in self.axes.layers[path])
-        if isinstance(layer, nn.Conv2d):
-            return (x // layer.groups if layer.groups < layer.in_channels or x == 1 else 1) * math.prod(layer.kernel_size), out
-        return x, out
+        if not isinstance(layer, nn.Conv2d):
+            return x, out
+        depthwise = layer.groups == layer.in_channels > 1
+        return (1 if depthwise else x // layer.groups) * math.prod(layer.kernel_size), out
 
     def _rank_of(self, path: str, fan_in: int, out: int, share: float) -> int | None:
         """Rank of a split layer; nothing where it stays whole, because that would save no weights."""
@@ -293,7 +299,8 @@ class DerivedSpace(SearchSpace):
             return False
         if isinstance(layer, nn.BatchNorm2d):
             before = node.all_input_nodes[0]
-            return isinstance(self.structure.layer(before), nn.Conv2d) and len(before.users) == 1 and self._integers(c, before, asked)
+            folded = isinstance(self.structure.layer(before), nn.Conv2d) and len(before.users) == 1
+            return folded and self._integers(c, before, asked)
         passes = isinstance(layer, (*RELUS, nn.Dropout, nn.Dropout2d, nn.Identity)) or self.structure.passes_on(node)
         if not passes:
             return False
@@ -442,10 +449,11 @@ class DerivedSpace(SearchSpace):
 
     def build(self, candidate: Candidate) -> nn.Module:
         # Of a group that lies in branches that are left out, nothing is read: its gene is dormant.
-        alive = [g.variable for g in self.groups if any(not self._dropped(candidate, self._called[p]) for p in g.layers)]
-        sizes = self._sizes(candidate, alive)
+        gone = {path for path, node in self._called.items() if self._dropped(candidate, node)}
+        sizes = self._sizes(candidate, [g.variable for g in self.groups if not gone.issuperset(g.layers)])
         chosen = {v: self._best(v, size) for v, size in sizes.items() if size < v.size}
-        instead = {b.output: b.shortcut for b in self.blocks if not self._hidden(candidate, b) and not self._keeps(candidate, b)}
+        outer = [block for block in self.blocks if not self._hidden(candidate, block)]
+        instead = {block.output: block.shortcut for block in outer if not self._keeps(candidate, block)}
         return shrunk(self.axes, chosen, instead=instead)
 
     def _best(self, variable: Var, count: int) -> torch.Tensor:
@@ -464,7 +472,7 @@ class DerivedSpace(SearchSpace):
 
     def uniform(self) -> list[Candidate]:
         """Every share for all groups alike, with the fewest bits from 8 on, nothing split or left out."""
-        bits = min((b for b in self._values["bits"] if b >= 8), default=min(self._values["bits"]))
+        bits = min((int(b) for b in self._values["bits"] if b >= 8), default=int(min(self._values["bits"])))
         return [self._member(share, bits) for share in sorted(self._values["prune"])]
 
     def _member(self, share: float, bits: int) -> Candidate:

@@ -65,7 +65,8 @@ class Cluster:
     @cached_property
     def inputs(self) -> tuple[fx.Node, ...]:
         """Nodes of other clusters that are read, in the order of reading; parameters are not among them."""
-        own, found = set(self.nodes), {}
+        own = set(self.nodes)
+        found: dict[fx.Node, None] = {}
         for node in self.nodes:
             for n in node.all_input_nodes:
                 if n not in own and n.op != "get_attr" and isinstance(n.meta.get("val"), torch.Tensor):
@@ -142,16 +143,12 @@ class Structure:
             node = queue.pop()
             if node in found or node is shortcut:
                 continue
-            if node.op == "placeholder" or self.rank[node] < self.rank[shortcut] and node.op != "get_attr":
-                return None
             if node.op == "get_attr":
                 continue
-            if node.op == "call_method":  # the size of the batch, read off any tensor
-                queue_from: Sequence[fx.Node] = ()
-            else:
-                queue_from = node.all_input_nodes
+            if node.op == "placeholder" or self.rank[node] < self.rank[shortcut]:
+                return None
             found.add(node)
-            queue += queue_from
+            queue += node.all_input_nodes
         if any(user not in found and user is not join for node in found for user in node.users):
             return None
         return frozenset(found)
@@ -160,10 +157,10 @@ class Structure:
         output, gone = join, {*branch, join}
         users = list(join.users)
         # A ReLU of what a ReLU gave is nothing.
-        if len(users) == 1 and isinstance(self.layer(users[0]), RELUS):
-            if type(self.layer(users[0])) is type(self.layer(shortcut)):
-                output = users[0]
-                gone.add(output)
+        same = len(users) == 1 and type(self.layer(users[0])) is type(self.layer(shortcut))
+        if same and isinstance(self.layer(shortcut), RELUS):
+            output = users[0]
+            gone.add(output)
         return Block(_home(branch) or self._last_layer(branch), output, shortcut, frozenset(gone))
 
     def _last_layer(self, branch: frozenset[fx.Node]) -> str:
@@ -231,8 +228,7 @@ def _home(branch: frozenset[fx.Node]) -> str:
         return ""
     common = paths[0]
     for path in paths[1:]:
-        length = next((i for i, (a, b) in enumerate(zip(common, path, strict=False)) if a != b), min(len(common), len(path)))
-        common = common[:length]
+        common = [a for i, a in enumerate(common[: len(path)]) if common[: i + 1] == path[: i + 1]]
     return ".".join(common)
 
 

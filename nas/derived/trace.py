@@ -177,7 +177,7 @@ def _layer(node: fx.Node, parts: dict[str, Any]) -> tuple[str, fx.Node] | None:
         return None
     path = re.sub(r"@\d+$", "", list(stack.values())[-1][0])
     layer = parts.get(path)
-    if layer is None or OPERATORS.get(type(layer)) != node.target._opname:
+    if layer is None or OPERATORS.get(type(layer)) != getattr(node.target, "_opname", ""):
         return None
     # An embedding's operator takes its weight first.
     x = node.args[1] if isinstance(layer, nn.Embedding) else node.args[0]
@@ -215,7 +215,8 @@ def _functional_layer(node: fx.Node, module: fx.GraphModule, parts: dict[str, An
 
 def _linear(node: fx.Node, module: fx.GraphModule, parts: dict[str, Any]) -> tuple[str, Any] | None:
     """A Linear layer for a product with a parameter, as nn.MultiheadAttention has them."""
-    target = str(node.args[1].target)  # type: ignore[union-attr]
+    given: Any = node.args
+    target = str(given[1].target)
     weight = _attribute(module, target)
     bias_node = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     bias = None
@@ -253,7 +254,7 @@ def _free_batch(graph: fx.Graph) -> None:
             continue
         for user in list(node.users):
             if getattr(user.target, "_opname", "") == "expand":
-                user.op, user.target, user.args = "call_method", "expand", (user.args[0], *user.args[1])  # type: ignore[misc]
+                user.op, user.target, user.args = "call_method", "expand", (user.args[0], *user.args[1])
         if not node.users:
             graph.erase_node(node)
             continue
