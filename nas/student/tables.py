@@ -23,6 +23,7 @@ from nas.locks import cache_dir
 from nas.space import Genomes, SearchSpace, TaskInfo
 from nas.student.export import to_onnx
 
+BATCH = 5  # networks that a worker exports at a time
 SAMPLE = 8  # random inputs: enough for activation ranges that no time depends on
 
 
@@ -111,21 +112,26 @@ def exported_nets(
 ) -> list[CalibrationNet]:
     """The genomes' networks, compressed and exported as students are, with random weights."""
     exported: dict[int, onnx.ModelProto] = {}
-    for i, data in executor.run(untrained_onnx, [(space, info, row) for row in genomes]):
-        if isinstance(data, Exception):
-            raise data
-        exported[i] = onnx.load_from_string(data)
+    # A few at a time: a worker makes the space anew for every item, which takes seconds where a model is traced.
+    batches = [range(i, min(i + BATCH, len(genomes))) for i in range(0, len(genomes), BATCH)]
+    for position, result in executor.run(untrained_nets, [(space, info, genomes[list(rows)]) for rows in batches]):
+        if isinstance(result, Exception):
+            raise result
+        exported |= {i: onnx.load_from_string(data) for i, data in zip(batches[position], result, strict=True)}
         if progress is not None:
             progress(0.0, f"exporting network {len(exported)}/{len(genomes)}")
     return [CalibrationNet(tuple(space.parts(space.decode(row))), exported[i]) for i, row in enumerate(genomes)]
 
 
-def untrained_onnx(_shared: Any, item: tuple[SearchSpace, TaskInfo, Genomes]) -> bytes:
-    """The exported, compressed network of a genome with random weights; time does not depend on them."""
-    space, info, genome = item
+def untrained_nets(_shared: Any, item: tuple[SearchSpace, TaskInfo, Genomes]) -> list[bytes]:
+    """The exported, compressed networks of genomes with random weights; time does not depend on them."""
+    space, info, genomes = item
+    return [_untrained_onnx(space, info, genome) for genome in genomes]
+
+
+def _untrained_onnx(space: SearchSpace, info: TaskInfo, genome: Genomes) -> bytes:
     candidate = space.decode(genome)
-    low, high = info.value_range
-    x = torch.rand(SAMPLE, *info.input_shape, generator=torch.Generator().manual_seed(0)) * (high - low) + low
+    x = info.random(SAMPLE, seed=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = skeleton(space, candidate, x)
