@@ -244,10 +244,11 @@ def _free_batch(graph: fx.Graph) -> None:
     Methods and not operators: what an operator is given as a size is a number to the exporter, of one batch only.
     """
     for node in graph.nodes:
-        if is_reshape(node):
-            sizes = list(node.args[1])
-            if sum(isinstance(size, fx.Node) for size in sizes) == 1 and -1 not in sizes:
-                node.args = (node.args[0], [-1 if isinstance(size, fx.Node) else size for size in sizes])
+        if is_reshape(node) and sum(isinstance(size, fx.Node) for size in node.args[1]) == 1:
+            # What the forward leaves open is known; what depends on the batch is left open instead.
+            named = zip(node.args[1], shape_of(node), strict=True)
+            sizes = [-1 if isinstance(size, fx.Node) else known for size, known in named]
+            node.args = (node.args[0], sizes)
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
         if node.op != "call_function" or getattr(node.target, "_opname", "") != "sym_size":
