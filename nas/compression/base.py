@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -111,13 +113,29 @@ def rewrite_onnx(model: onnx.ModelProto, plan: Plan, calibration: npt.NDArray[np
 
 def named_module(model: nn.Module, name: str, technique: str) -> nn.Module:
     """The module called ``name``, or a CompressionError that lists near names."""
-    import difflib
-
     modules = dict(model.named_modules())
     if name not in modules:
         near = difflib.get_close_matches(name, list(modules), n=3) or sorted(modules)[:5]
         raise CompressionError(f"{technique}: the model has no module {name!r}.", expected=f"a name such as {near}")
     return modules[name]
+
+
+def matching(names: Collection[str], patterns: Sequence[str], technique: str) -> set[str]:
+    """The ``names`` that fit any of the patterns (``*``, ``?``, ``[ab]``; case counts).
+
+    Raises:
+        CompressionError: a pattern fits none.
+    """
+    if isinstance(patterns, str):
+        raise CompressionError(f"{technique}: {patterns!r} is no list of patterns.", expected=f"such as [{patterns!r}]")
+    found: set[str] = set()
+    for pattern in patterns:
+        fitting = {name for name in names if fnmatchcase(name, pattern)}
+        if not fitting:
+            near = difflib.get_close_matches(pattern, names, n=3) or sorted(names)[:5]
+            raise CompressionError(f"{technique}: no layer fits {pattern!r}.", expected=f"a pattern of names as {near}")
+        found |= fitting
+    return found
 
 
 def layers_of(model: nn.Module, name: str, technique: str) -> dict[str, nn.Module]:
