@@ -33,7 +33,12 @@ class Pass(abc.ABC):
     4. :meth:`rewrite` on the exported ONNX: what only the runtime's format can express.
 
     A name that an earlier pass split into several layers stands for all of them (:func:`layers_of`).
+
+    Attributes:
+        stores: whether :meth:`rewrite` only changes how weights are stored; it is called after those that do not.
     """
+
+    stores = False
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = dict(settings)
@@ -105,8 +110,8 @@ def restore(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def rewrite_onnx(model: onnx.ModelProto, plan: Plan, calibration: npt.NDArray[np.float32]) -> onnx.ModelProto:
-    """Let every pass rewrite the exported model in order."""
-    for step in _pipeline(plan):
+    """Let every pass rewrite the exported model in order, those that only store its weights last."""
+    for step in sorted(_pipeline(plan), key=lambda step: step.stores):
         model = step.rewrite(model, calibration)
     return model
 

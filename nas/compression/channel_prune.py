@@ -85,7 +85,7 @@ class ChannelPrune(Pass):
         def attempt(share: float) -> tuple[dict[str, int], float]:
             """What to keep at a ratio, and the share of MACs that it leaves; groups that cannot be pruned go."""
             while True:
-                keep = _keeps(groups, share, round_to, scope == "global")
+                keep = _keeps(groups, share, round_to)
                 try:
                     smaller = cls(keep).apply(copy.deepcopy(model), sample)
                 except _Unprunable as error:
@@ -335,14 +335,16 @@ def _reaches_output(group: Any) -> bool:
     return any(not dep.target.outputs and dep.handler not in CONSUMERS for dep, _ in group)
 
 
-def _keeps(groups: Mapping[str, _Candidate], share: float, round_to: int, threshold: bool) -> dict[str, int]:
-    """Layer → channels to keep, of those that lose any, when ``share`` of the channels is removed."""
+def _keeps(groups: Mapping[str, _Candidate], share: float, round_to: int) -> dict[str, int]:
+    """Layer → channels to keep, of those that lose any, when ``share`` of the channels is removed.
+
+    Groups with scores are compared: the weakest of all their channels go.
+    """
     lost = {name: share * group.channels for name, group in groups.items()}
-    if threshold:
-        pool = [name for name, group in groups.items() if group.ratio is None]
-        scores = [groups[name].scores for name in pool]
-        owners = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores) if s is not None] or [torch.zeros(0)])
-        values = torch.cat([s / s.mean().clamp(min=1e-12) for s in scores if s is not None] or [torch.zeros(0)])
+    pool = {name: group.scores for name, group in groups.items() if group.scores is not None}
+    if pool:
+        owners = torch.cat([torch.full((len(scores),), i) for i, scores in enumerate(pool.values())])
+        values = torch.cat([scores / scores.mean().clamp(min=1e-12) for scores in pool.values()])
         weakest = owners[torch.argsort(values, stable=True)[: int(share * len(values))]]
         lost |= {name: float((weakest == i).sum()) for i, name in enumerate(pool)}
     keep = {}
