@@ -19,6 +19,8 @@ from nas.compression.importance import IMPORTANCES, Evidence, gradients
 from nas.errors import CompressionError
 
 STRENGTH = 1e-3  # of the group lasso
+# Inputs to try the pruned model with: a reshape to [-1, ...] makes a smaller batch of fewer channels, and 7 hides none.
+TRIAL = 7
 KEYS = ("keep", "importance", "strength")
 
 
@@ -115,9 +117,10 @@ class ChannelPrune(Pass):
     def apply(self, model: nn.Module, sample: torch.Tensor, loss: Loss | None = None) -> nn.Module:
         asked = {name: _asked(name, setting) for name, setting in self.settings.items()}
         layers = {name: _last(model, name) for name in asked}
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         graph = dependency_graph(model, sample)
         with evaluating(model), torch.no_grad():
-            shape = _shape(model(sample[:2]))
+            shape = _shape(model(sample[:TRIAL]))
         slopes = loss is not None and any(setting.importance == "taylor" for setting in asked.values())
         if slopes and loss is not None:
             gradients(model, sample, loss)
@@ -137,13 +140,15 @@ class ChannelPrune(Pass):
             try:
                 graph.get_pruning_group(layer, prune, idxs=lost).prune()
                 with evaluating(model), torch.no_grad():
-                    found = _shape(model(sample[:2]))
+                    found = _shape(model(sample[:TRIAL]))
             except Exception as error:
                 raise _unprunable(name, f"the forward has constants of the unpruned shape ({error})") from error
             if found != shape:
                 raise _unprunable(name, f"its channels reach the output, which becomes {found} instead of {shape}")
         if slopes:
             model.zero_grad(set_to_none=True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
         return model
 
 

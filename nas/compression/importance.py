@@ -69,9 +69,9 @@ def taylor(group: Any, evidence: Evidence) -> torch.Tensor:
 
 
 def entropy(group: Any, evidence: Evidence) -> torch.Tensor:
-    """Entropy −Σ p·log p of the channel's mean activation over the sample, in a histogram of 32 bins over the layer's
-    range, as the layers that read the channel see it (Luo & Wu 2017, "An Entropy-based Pruning Method for CNN
-    Compression", eq. 2). A channel that says the same about every input has none."""
+    """Entropy −Σ p·log p of the channel's mean activation over the sample (Luo & Wu 2017, "An Entropy-based Pruning
+    Method for CNN Compression", eq. 2), as the layers that read the channel see it, in a histogram whose 32 bins span
+    the widest channel's range. A channel that says the same about every input has none."""
     readers = [i for i, (dep, _) in enumerate(group) if dep.handler in CONSUMERS]
     seen: dict[nn.Module, torch.Tensor] = {}
 
@@ -106,9 +106,9 @@ def _pooled(x: torch.Tensor, reader: nn.Module) -> torch.Tensor:
 
 
 def _entropies(values: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of each column of ``[n, channels]``."""
-    low, high = values.min(), values.max()
-    bins = ((values - low) / (high - low).clamp(min=1e-12) * BINS).long().clamp(0, BINS - 1)
+    """Entropy in nats of each column of ``[n, channels]``, in bins as wide as the widest column needs."""
+    above = values - values.amin(dim=0)
+    bins = (above / above.max().clamp(min=1e-12) * BINS).long().clamp(0, BINS - 1)
     shares = nn.functional.one_hot(bins, BINS).float().mean(dim=0)
     return torch.special.entr(shares).sum(dim=1)
 

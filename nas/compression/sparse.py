@@ -27,7 +27,7 @@ SHARED: dict[str, Any] = {
 def store_sparse(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
     """Store the named initializers sparsely where that takes fewer bytes, in place; the rest stays dense.
 
-    n weights of b bytes, k of them not zero, take n/8 + k·b bytes and about 1 kB for the operators, instead of n·b.
+    n weights of b bytes, k of them not zero, take n/8 + k·b bytes and about 0.7 kB for the operators, instead of n·b.
 
     Args:
         model: of opset 18 or later.
@@ -35,8 +35,8 @@ def store_sparse(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
     """
     shared = [numpy_helper.from_array(array, name) for name, array in SHARED.items()]
     done: list[tuple[onnx.TensorProto, list[onnx.TensorProto], list[onnx.NodeProto]]] = []
-    for tensor in [tensor for tensor in model.graph.initializer if tensor.name in names]:
-        tensors, nodes = _encode(tensor)
+    for i, tensor in enumerate([tensor for tensor in model.graph.initializer if tensor.name in names]):
+        tensors, nodes = _encode(tensor, f"sparse::{i}")
         size = sum(part.ByteSize() for part in tensors) + sum(node.ByteSize() for node in nodes)
         if size + (0 if done else sum(part.ByteSize() for part in shared)) < tensor.ByteSize():
             done.append((tensor, tensors, nodes))
@@ -53,7 +53,7 @@ def store_sparse(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
     return model
 
 
-def _encode(tensor: onnx.TensorProto) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
+def _encode(tensor: onnx.TensorProto, prefix: str) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
     """Initializers and operators that give ``tensor`` again, under its own name.
 
     Weight i is ``values[r_i]``, where r_i is 0 for a zero and else its rank among those that are not: the running sum
@@ -62,25 +62,27 @@ def _encode(tensor: onnx.TensorProto) -> tuple[list[onnx.TensorProto], list[onnx
     weights = numpy_helper.to_array(tensor)
     flat = weights.reshape(-1)
     kept = flat != 0
-    name = tensor.name
     arrays = {
         "mask": np.packbits(kept, bitorder="little"),
         "values": np.concatenate([np.zeros(1, flat.dtype), flat[kept]]),
-        "size": np.array([len(flat)], np.int64),
         "shape": np.array(weights.shape, np.int64),
     }
+    whole_bytes = len(flat) % 8 == 0
+    if not whole_bytes:
+        arrays["size"] = np.array([len(flat)], np.int64)
     steps = ("column", "shifted", "bits", "line", "mine", "flags", "sum", "rank", "flat")
-    x = {key: f"{name}::{key}" for key in (*arrays, *steps)}
+    x = {key: f"{prefix}::{key}" for key in (*arrays, *steps)}
+    line = x["line"] if whole_bytes else x["mine"]
     nodes = [
         helper.make_node("Unsqueeze", [x["mask"], COLUMN], [x["column"]]),
         helper.make_node("BitShift", [x["column"], BITS], [x["shifted"]], direction="RIGHT"),
         helper.make_node("BitwiseAnd", [x["shifted"], ONE], [x["bits"]]),
         helper.make_node("Reshape", [x["bits"], FLAT], [x["line"]]),
-        helper.make_node("Slice", [x["line"], START, x["size"]], [x["mine"]]),
-        helper.make_node("Cast", [x["mine"]], [x["flags"]], to=onnx.TensorProto.INT32),
+        *([] if whole_bytes else [helper.make_node("Slice", [x["line"], START, x["size"]], [x["mine"]])]),
+        helper.make_node("Cast", [line], [x["flags"]], to=onnx.TensorProto.INT32),
         helper.make_node("CumSum", [x["flags"], AXIS], [x["sum"]]),
         helper.make_node("Mul", [x["sum"], x["flags"]], [x["rank"]]),
         helper.make_node("Gather", [x["values"], x["rank"]], [x["flat"]]),
-        helper.make_node("Reshape", [x["flat"], x["shape"]], [name]),
+        helper.make_node("Reshape", [x["flat"], x["shape"]], [tensor.name]),
     ]
     return [numpy_helper.from_array(array, x[key]) for key, array in arrays.items()], nodes

@@ -33,7 +33,8 @@ class Masks(nn.Module):
         for i, mask in enumerate(masks.values()):
             self.register_buffer(f"mask{i}", mask)
         self._model = (model,)  # in a tuple: the model is no child of its child
-        self._hook = model.register_forward_pre_hook(self._before)
+        model.register_forward_pre_hook(self._before)
+        model.add_module(CHILD, self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x  # a Sequential calls its every child
@@ -53,14 +54,8 @@ class Masks(nn.Module):
             if isinstance(weight, nn.Parameter) and weight.shape == mask.shape:
                 weight.masked_fill_(~mask, 0.0)
 
-    def remove(self) -> None:
-        """Leave the model as it would be without masks, zeros included."""
-        self.enforce()
-        self._hook.remove()
-        delattr(self._model[0], CHILD)
-
     def _before(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():  # a program that is exported has its zeros, and changes no weights
+        if not (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()):  # what is exported has its zeros
             self.enforce()
 
 
@@ -111,7 +106,7 @@ class WeightPrune(Pass):
         chosen = matching(found, layers, "weight_prune") - matching(found, skip, "weight_prune")
         weights = {name: layer.weight.detach() for name, layer in found.items() if name in chosen}
         asked = {"threshold": threshold} if threshold is not None else 0.8 if sparsity is None else sparsity
-        kind, value = _asked("all layers", asked)
+        kind, value = _asked("*", asked)
         if kind == "threshold" or scope == "layer" or not weights:
             return {name: {kind: value} if kind == "threshold" else value for name in weights}
         sizes = torch.cat([weight.abs().flatten() for weight in weights.values()])
@@ -133,14 +128,18 @@ class WeightPrune(Pass):
                 masks[piece] = _mask(weight.detach(), kind, value)
         self.restore(model)  # masks that are there already: they go, their zeros stay
         if masks:
-            model.add_module(CHILD, Masks(model, masks))
-            model.get_submodule(CHILD).train(model.training)
+            Masks(model, masks).train(model.training)
         return model
 
     def restore(self, model: nn.Module) -> nn.Module:
-        masks = getattr(model, CHILD, None)
-        if isinstance(masks, Masks):
-            masks.remove()
+        # Found by the hook: the copy of a traced module has no children but those that its graph calls.
+        for key, hook in list(model._forward_pre_hooks.items()):
+            masks = getattr(hook, "__self__", None)
+            if isinstance(masks, Masks):
+                masks.enforce()
+                del model._forward_pre_hooks[key]
+        if hasattr(model, CHILD):
+            delattr(model, CHILD)
         return model
 
     def rewrite(self, model: onnx.ModelProto, calibration: npt.NDArray[np.float32]) -> onnx.ModelProto:
