@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -66,7 +66,8 @@ class ChannelPrune(Pass):
         Args:
             ratio: share of the channels to remove, in [0, 1); 0.5 where ``macs`` is not given either.
             macs: share of the convolutions' and linear layers' multiplications that may be left, in (0, 1]; the
-                smallest ratio that does it is found by bisection.
+                smallest ratio that does it is found by bisection. What the rounding takes beyond it is given back,
+                one multiple of channels each, to the groups that lost the largest shares, while it fits.
             importance: which channels go; see the class.
             strength: λ of ``group_lasso``.
             round_to: kept channels are rounded up to a multiple of it, at least one multiple, at most all.
@@ -84,20 +85,27 @@ class ChannelPrune(Pass):
         groups = _chosen(model, sample, loss, importance, layers, skip, ratios or {}, scope == "global")
         counted = _macs(model, sample)
 
+        def left(keep: Mapping[str, int]) -> float:
+            """Share of the MACs that is left."""
+            return _macs(cls(keep).apply(copy.deepcopy(model), sample), sample) / counted
+
         def attempt(share: float) -> tuple[dict[str, int], float]:
             """What to keep at a ratio, and the share of MACs that it leaves; groups that cannot be pruned go."""
             while True:
                 keep = _keeps(groups, share, round_to)
                 try:
-                    smaller = cls(keep).apply(copy.deepcopy(model), sample)
+                    return keep, left(keep)
                 except _Unprunable as error:
                     del groups[error.layer]
                     if error.layer in layers or not groups:
                         raise
-                else:
-                    return keep, _macs(smaller, sample) / counted
 
-        keep = _bisect(attempt, macs) if macs is not None else attempt(0.5 if ratio is None else ratio)[0]
+        if macs is None:
+            keep, _ = attempt(0.5 if ratio is None else ratio)
+        else:
+            keep = _bisect(attempt, macs)
+            own = {name: group.channels for name, group in groups.items() if group.ratio is None}
+            keep = _give_back(keep, own, round_to, lambda more: left(more) <= macs)
         if importance == "l1":
             return dict(keep)
         more = {"strength": strength} if importance == "group_lasso" else {}
@@ -362,7 +370,22 @@ def _keeps(groups: Mapping[str, _Candidate], share: float, round_to: int) -> dic
     return keep
 
 
-def _bisect(attempt: Any, target: float) -> dict[str, int]:
+def _give_back(
+    keep: dict[str, int], widths: Mapping[str, int], round_to: int, fits: Callable[[dict[str, int]], bool]
+) -> dict[str, int]:
+    """One multiple of channels more for each group for which it ``fits``, the most pruned group first, in rounds."""
+    before: dict[str, int] = {}
+    while keep != before:
+        before = keep
+        shares = {name: count / widths[name] for name, count in keep.items() if name in widths}
+        for name in sorted(shares, key=lambda name: shares[name]):
+            if keep[name] < widths[name]:
+                more = keep | {name: min(keep[name] + round_to, widths[name])}
+                keep = more if fits(more) else keep
+    return {name: count for name, count in keep.items() if count != widths.get(name)}
+
+
+def _bisect(attempt: Callable[[float], tuple[dict[str, int], float]], target: float) -> dict[str, int]:
     """Keeps of the smallest ratio that leaves at most ``target`` of the MACs."""
     low, high = 0.0, 1.0 - 1e-6
     best, least = attempt(high)
@@ -378,8 +401,7 @@ def _bisect(attempt: Any, target: float) -> dict[str, int]:
             best, high = keep, middle
         else:
             low = middle
-    found: dict[str, int] = best
-    return found
+    return best
 
 
 def _macs(model: nn.Module, sample: torch.Tensor) -> int:

@@ -302,9 +302,13 @@ def to_torch(model: onnx.ModelProto, inputs: dict[str, npt.NDArray[Any]]) -> fx.
             remedy="use the runtime onnxruntime, or add the operator to nas/latency/runtimes/onnx_to_torch.py",
         )
     writer = _Writer(model.graph, inputs)
+    opsets = {opset.domain: opset.version for opset in model.opset_import}
     with torch.inference_mode():
         for i, node in enumerate(model.graph.node):
-            (writer.decode if i in decoding else writer.add)(node)
+            if i in decoding:
+                writer.decode(node, opsets)
+            else:
+                writer.add(node)
     return writer.module([value.name for value in model.graph.output])
 
 
@@ -336,10 +340,10 @@ class _Writer:
         else:
             self._call(node)
 
-    def decode(self, proto: onnx.NodeProto) -> None:
+    def decode(self, proto: onnx.NodeProto, opsets: dict[str, int]) -> None:
         """Compute a node of stored values alone by ONNX's reference, which knows every operator."""
         given = {name: self.values[name].numpy() for name in proto.input}
-        for name, value in zip(proto.output, ReferenceEvaluator(proto).run(None, given), strict=True):
+        for name, value in zip(proto.output, ReferenceEvaluator(proto, opsets=opsets).run(None, given), strict=True):
             self._constant(name, torch.from_numpy(np.array(value)))
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
