@@ -82,6 +82,8 @@ def images(n: int = 32, seed: int = 0) -> torch.Tensor:
 EVERYTHING = ["first.0", "expand.0", "depthwise.0", "project.0", "head"]
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "channel_prune": [{"expand.0": 8}, {"first.0": 4, "expand.0": 3}, {"expand.0": 16}],
+    "layer_drop": [{"expand.2": True}, {"first.2": True, "depthwise.2": True}],
+    "weight_prune": [dict.fromkeys(EVERYTHING, 0.8), {"expand.0": 0.5, "head": {"threshold": 0.1}}],
     "quantize": [
         dict.fromkeys(EVERYTHING, 8),
         dict.fromkeys(EVERYTHING[1:4], 8),
@@ -488,9 +490,13 @@ def test_no_settings_quantise_nothing() -> None:
     assert not any(node.op_type == "QuantizeLinear" for node in rewritten.graph.node)
 
 
-def test_pruning_the_output_layer_breaks_the_contract() -> None:
+def test_changing_the_output_breaks_the_contract() -> None:
+    class Careless(ChannelPrune):
+        def apply(self, model: nn.Module, sample: torch.Tensor, loss: Any = None) -> nn.Module:
+            return nn.Sequential(super().apply(model, sample, loss), nn.Linear(10, 4))
+
     with pytest.raises(AssertionError, match="changes the output"):
-        check_pass(ChannelPrune, residual(), {"head": 4}, images())
+        check_pass(Careless, residual(), {"expand.0": 4}, images())
 
 
 def test_tiny_space_passes_everything_it_offers() -> None:

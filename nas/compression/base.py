@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,12 @@ class Pass(abc.ABC):
     4. :meth:`rewrite` on the exported ONNX: what only the runtime's format can express.
 
     A name that an earlier pass split into several layers stands for all of them (:func:`layers_of`).
+
+    Attributes:
+        stores: whether :meth:`rewrite` only changes how weights are stored; it is called after those that do not.
     """
+
+    stores = False
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = dict(settings)
@@ -103,21 +110,37 @@ def restore(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def rewrite_onnx(model: onnx.ModelProto, plan: Plan, calibration: npt.NDArray[np.float32]) -> onnx.ModelProto:
-    """Let every pass rewrite the exported model in order."""
-    for step in _pipeline(plan):
+    """Let every pass rewrite the exported model in order, those that only store its weights last."""
+    for step in sorted(_pipeline(plan), key=lambda step: step.stores):
         model = step.rewrite(model, calibration)
     return model
 
 
 def named_module(model: nn.Module, name: str, technique: str) -> nn.Module:
     """The module called ``name``, or a CompressionError that lists near names."""
-    import difflib
-
     modules = dict(model.named_modules())
     if name not in modules:
         near = difflib.get_close_matches(name, list(modules), n=3) or sorted(modules)[:5]
         raise CompressionError(f"{technique}: the model has no module {name!r}.", expected=f"a name such as {near}")
     return modules[name]
+
+
+def matching(names: Collection[str], patterns: Sequence[str], technique: str) -> set[str]:
+    """The ``names`` that fit any of the patterns (``*``, ``?``, ``[ab]``; case counts).
+
+    Raises:
+        CompressionError: a pattern fits none.
+    """
+    if isinstance(patterns, str):
+        raise CompressionError(f"{technique}: {patterns!r} is no list of patterns.", expected=f"such as [{patterns!r}]")
+    found: set[str] = set()
+    for pattern in patterns:
+        fitting = {name for name in names if fnmatchcase(name, pattern)}
+        if not fitting:
+            near = difflib.get_close_matches(pattern, names, n=3) or sorted(names)[:5]
+            raise CompressionError(f"{technique}: no layer fits {pattern!r}.", expected=f"a pattern of names as {near}")
+        found |= fitting
+    return found
 
 
 def layers_of(model: nn.Module, name: str, technique: str) -> dict[str, nn.Module]:

@@ -158,11 +158,13 @@ def onnx_macs_params(model: onnx.ModelProto) -> tuple[int, int]:
     shapes = _shapes(single)
     sizes = {t.name: tuple(t.dims) for t in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type in ("DequantizeLinear", "Identity") and node.input[0] in sizes:  # Identity: merged
-            sizes[node.output[0]] = sizes[node.input[0]]
+        # What is computed from stored values alone is a weight: decoded, dequantised, or merged by an Identity.
+        if node.op_type != "Constant" and all(name in sizes or not name for name in node.input):
+            sizes |= {name: tuple(shapes[name]) for name in node.output if name in shapes}
     macs = params = 0
     for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul", "LayerNormalization", "Add"):
+        weighty = node.op_type in ("Conv", "Gemm", "MatMul", "LayerNormalization", "Add")
+        if not weighty or node.output[0] in sizes:
             continue
         params += sum(int(np.prod(sizes[name])) for name in node.input if name in sizes)
         if node.op_type == "Conv":

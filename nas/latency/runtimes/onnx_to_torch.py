@@ -17,6 +17,7 @@ import onnx
 import torch
 import torch.nn.functional as F
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from torch import fx, nn
 
 from nas.errors import TableError
@@ -288,16 +289,26 @@ def to_torch(model: onnx.ModelProto, inputs: dict[str, npt.NDArray[Any]]) -> fx.
             "The runtime torch executes no int8: it would compute in float and round, which nobody deploys.",
             remedy="profile fp32 only, or use the runtime onnxruntime or openvino",
         )
-    kinds = {node.op_type for node in model.graph.node}
+    stored = {tensor.name for tensor in model.graph.initializer}
+    decoding = set()
+    for i, node in enumerate(model.graph.node):
+        if node.input and stored.issuperset(node.input):  # weights that are stored packed
+            decoding.add(i)
+            stored.update(node.output)
+    kinds = {node.op_type for i, node in enumerate(model.graph.node) if i not in decoding}
     if unknown := sorted(kinds - OPERATORS.keys() - {"Constant", "Shape", "ConstantOfShape", "Identity", "Dropout"}):
         raise TableError(
             f"The runtime torch has no translation of {', '.join(unknown)}.",
             remedy="use the runtime onnxruntime, or add the operator to nas/latency/runtimes/onnx_to_torch.py",
         )
     writer = _Writer(model.graph, inputs)
+    opsets = {opset.domain: opset.version for opset in model.opset_import}
     with torch.inference_mode():
-        for node in model.graph.node:
-            writer.add(node)
+        for i, node in enumerate(model.graph.node):
+            if i in decoding:
+                writer.decode(node, opsets)
+            else:
+                writer.add(node)
     return writer.module([value.name for value in model.graph.output])
 
 
@@ -328,6 +339,12 @@ class _Writer:
             self._alias(name, proto.input[0])
         else:
             self._call(node)
+
+    def decode(self, proto: onnx.NodeProto, opsets: dict[str, int]) -> None:
+        """Compute a node of stored values alone by ONNX's reference, which knows every operator."""
+        given = {name: self.values[name].numpy() for name in proto.input}
+        for name, value in zip(proto.output, ReferenceEvaluator(proto, opsets=opsets).run(None, given), strict=True):
+            self._constant(name, torch.from_numpy(np.array(value)))
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call in the graph, made once with the values that its arguments have."""
