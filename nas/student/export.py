@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import warnings
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from nas.compression import restore, rewrite_onnx
 from nas.compression.base import Plan
+from nas.compression.fake_quant import REMARKS
 from nas.compression.fold import fold_batchnorm
 from nas.parts import OPSET, resize_scales
 
@@ -54,7 +56,15 @@ def export_float(model: nn.Module, sample: torch.Tensor) -> onnx.ModelProto:
         )  # fmt: skip
     exported = onnx.load_from_string(buffer.getvalue())
     _name_linear_weights(exported, model)
+    _pass_on_remarks(exported, model)
     return free_batch(exported)
+
+
+def _pass_on_remarks(exported: onnx.ModelProto, model: nn.Module) -> None:
+    """What restored layers remember of their training and the graph cannot say, for the rewrite to take out again."""
+    remarks = {name: vars(layer)[REMARKS] for name, layer in model.named_modules() if vars(layer).get(REMARKS)}
+    if remarks:
+        onnx.helper.set_model_props(exported, {REMARKS: json.dumps(remarks)})
 
 
 def _name_linear_weights(exported: onnx.ModelProto, model: nn.Module) -> None:
