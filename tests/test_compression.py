@@ -88,7 +88,14 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         dict.fromkeys(EVERYTHING[1:4], 8),
         {"head": 8},
         {"first.0": 8, "head": 8},
+        *(dict.fromkeys(EVERYTHING, b) for b in range(2, 8)),
+        dict.fromkeys(EVERYTHING, {"weights": 4, "symmetric": False}),
+        dict.fromkeys(EVERYTHING, {"weights": 3, "activations": None}),
+        dict.fromkeys(EVERYTHING, {"weights": 8, "activations": None, "symmetric": False}),
+        dict.fromkeys(EVERYTHING, {"weights": 4, "activations": 4}),
+        {"first.0": 8, "expand.0": 2, "depthwise.0": {"activations": 5}, "project.0": {"weights": 4, "activations": None}},
     ],
+    "cluster": [dict.fromkeys(EVERYTHING, 16), {"expand.0": 2, "head": 256}],
 }
 
 

@@ -195,8 +195,9 @@ class QuantConv2d(nn.Conv2d):
         self.output_quantizer = ActivationQuantizer(8) if quantize_output else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.input_quantizer(x)  # before the bias, whose grid follows from this range
         weight = fake_quantize_weight(self.weight, self.setting, self.training)
-        return self.output_quantizer(self._conv_forward(self.input_quantizer(x), weight, self.bias))
+        return self.output_quantizer(self._conv_forward(x, weight, fake_quantize_bias(self)))
 
     def plain(self) -> nn.Conv2d:
         """The float convolution with the trained weights, see :func:`_release`."""
@@ -216,8 +217,9 @@ class QuantLinear(nn.Linear):
         self.input_quantizer = _input_quantizer(setting)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.input_quantizer(x)  # before the bias, whose grid follows from this range
         weight = fake_quantize_weight(self.weight, self.setting, self.training)
-        return nn.functional.linear(self.input_quantizer(x), weight, self.bias)
+        return nn.functional.linear(x, weight, fake_quantize_bias(self))
 
     def plain(self) -> nn.Linear:
         """The float layer with the trained weights, see :func:`_release`."""
@@ -226,16 +228,33 @@ class QuantLinear(nn.Linear):
         return linear
 
 
+def fake_quantize_bias(layer: QuantConv2d | QuantLinear) -> torch.Tensor | None:
+    """The bias ``[out]`` rounded to the steps of the integer sum, scale of the input times scale of the weights.
+
+    With 8 bits on both sides these steps are too small to matter, and the bias stays as it is.
+    """
+    bias, quantizer = layer.bias, layer.input_quantizer
+    if bias is None or layer.setting == Setting() or not isinstance(quantizer, ActivationQuantizer):
+        return bias
+    with torch.no_grad():
+        step = weight_grid(layer.weight, layer.setting).scale * (quantizer.high - quantizer.low) / quantizer.levels
+        error = torch.round(bias / step) * step - bias
+    return bias + error
+
+
 def _release(trained: QuantConv2d | QuantLinear, plain: nn.Conv2d | nn.Linear) -> None:
     """Fill a plain layer.
 
-    At 8 bits its weights are the float ones; below, they are those of the grid, without which the layer would not be
-    the one that was trained. The grid of rounded weights is their own, so that the export finds it again.
+    At 8 bits its weights and bias are the float ones; below, they are those of the grid, without which the layer would
+    not be the one that was trained. The grid of rounded weights is their own, so that the export finds it again.
     What the weights do not tell goes along as a remark (`REMARKS`): the ranges of the activations.
     """
     plain.bias, plain.weight = trained.bias, trained.weight
-    if trained.setting.weights < 8:
-        with torch.no_grad():
+    with torch.no_grad():
+        bias = fake_quantize_bias(trained)
+        if bias is not None and bias is not trained.bias:
+            plain.bias = nn.Parameter(bias)
+        if trained.setting.weights < 8:
             plain.weight = nn.Parameter(fake_quantize_weight(trained.weight, trained.setting, training=False))
     vars(plain)[REMARKS] = {
         kind: [float(quantizer.low), float(quantizer.high)]

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -47,7 +48,7 @@ def layer_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     }
 
 
-def pieces_of(model: onnx.ModelProto, name: str) -> list[str]:
+def pieces_of(model: onnx.ModelProto, name: str, technique: str = "quantize") -> list[str]:
     """``name`` itself, or the layers that an earlier pass split it into.
 
     Raises:
@@ -56,7 +57,7 @@ def pieces_of(model: onnx.ModelProto, name: str) -> list[str]:
     layers = layer_nodes(model)
     found = [name] if name in layers else [layer for layer in layers if layer.rpartition(".")[0] == name]
     if not found:
-        raise CompressionError(f"quantize: no exported node carries the weights of [{name!r}].")
+        raise CompressionError(f"{technique}: no exported node carries the weights of [{name!r}].")
     return found
 
 
@@ -158,6 +159,10 @@ def to_integers(
             overrides[tensor.name] = [
                 {"axis": codes.axis, "scale": scale, "zero_point": np.array(0, np.int8)} for scale in codes.scale
             ]
+    biases = {
+        name: numpy_helper.to_array(initializer(model, node.input[2]))
+        for name, node in layers.items() if name in settings and len(node.input) > 2
+    }  # fmt: skip
     made = {layers[name].output[0] for name in settings if "output" in ranges.get(name, {})}
     names = {name: layers[name].name for name in settings}
     model = quantize_static(model, nodes, calibration, overrides)
@@ -177,7 +182,7 @@ def to_integers(
                     f"{name!r}.",
                     remedy="export what restore() returns",
                 )
-            _narrow(model, by_name[names[name]], setting.activations, ranges[name]["input"], made)
+            _narrow(model, names[name], setting.activations, ranges[name]["input"], made, biases.get(name))
     return model
 
 
@@ -189,46 +194,83 @@ def activation_grid(limits: tuple[float, float], bits: int) -> tuple[npt.NDArray
 
 
 def _narrow(
-    model: onnx.ModelProto, node: onnx.NodeProto, bits: int, limits: tuple[float, float], made: Collection[str]
+    model: onnx.ModelProto,
+    reader: str,
+    bits: int,
+    limits: tuple[float, float],
+    made: Collection[str],
+    bias: npt.NDArray[np.float32] | None,
 ) -> None:
-    """Round the input of ``node`` to ``bits``: scale of that grid, and codes that end at 2^bits - 1.
+    """Round the input of the node ``reader`` to ``bits``: scale of that grid, and codes that end at 2^bits - 1; in place.
 
-    QuantizeLinear saturates at 255 only, so a Clip on the uint8 codes follows it. Where ``node`` alone reads a tensor
-    that no simulated output rounds, the pair that is there takes the grid; anywhere else another pair follows it.
+    QuantizeLinear saturates at 255 only, so a Clip on the uint8 codes follows it. Where it alone reads a tensor
+    that no simulated output rounds (``made``), the pair that is there takes the grid; anywhere else another pair
+    follows it. The bias goes to the scale that its sum now has.
     """
     graph = model.graph
+    node = next(n for n in graph.node if n.name == reader)
     producers = {out: n for n in graph.node for out in n.output}
     dequantize = producers[node.input[0]]
     quantize = producers[dequantize.input[0]]
-    readers = sum(list(n.input).count(dequantize.output[0]) for n in graph.node)
-    sharers = sum(list(n.input).count(quantize.input[1]) for n in graph.node)
     scale, zero = activation_grid(limits, bits)
     prefix = f"{node.name}.in{bits}"
     graph.initializer.extend(
         numpy_helper.from_array(value, f"{prefix}.{key}")
         for key, value in (("s", scale), ("z", zero), ("top", np.array(2**bits - 1, np.uint8)))
     )
+    if bias is not None:
+        codes, steps = (initializer(model, name) for name in producers[node.input[2]].input[:2])
+        step = scale * numpy_helper.to_array(initializer(model, producers[node.input[1]].input[1]))
+        limit = np.iinfo(np.int32)
+        whole = np.clip(np.round(bias.astype(np.float64) / step), limit.min, limit.max).astype(np.int32)
+        codes.CopyFrom(numpy_helper.from_array(whole, codes.name))
+        steps.CopyFrom(numpy_helper.from_array(step, steps.name))
     grid = [f"{prefix}.s", f"{prefix}.z"]
     clip = helper.make_node("Clip", [f"{prefix}.q", "", f"{prefix}.top"], [f"{prefix}.c"], name=f"{prefix}.clip")
-    alone = readers == 1 and sharers == 2 and quantize.input[0] not in made
-    if alone:
+    readers = sum(list(n.input).count(dequantize.output[0]) for n in graph.node)
+    own = sum(list(n.input).count(quantize.input[1]) for n in graph.node) == 2  # the pair shares its scale with none
+    simulated = quantize.input[0] in made
+    if readers == 1 and own and not simulated:
         clip.input[0] = quantize.output[0]
         quantize.input[1:] = grid
         dequantize.input[:] = [f"{prefix}.c", *grid]
-        new = [clip]
-    else:
-        new = [
-            helper.make_node("QuantizeLinear", [node.input[0], *grid], [f"{prefix}.q"], name=f"{prefix}.quantize"),
-            clip,
-            helper.make_node("DequantizeLinear", [f"{prefix}.c", *grid], [f"{prefix}.d"], name=f"{prefix}.dequantize"),
-        ]
-        node.input[0] = f"{prefix}.d"
-    before = dequantize if alone else node
-    nodes = list(graph.node)
-    place = next(i for i, n in enumerate(nodes) if n.name == before.name)
-    nodes[place:place] = new
-    del graph.node[:]
-    graph.node.extend(nodes)
+        _insert(model, [clip], before=dequantize.name)
+        return
+    others = [n for n in graph.node if dequantize.output[0] in n.input and n.op_type in ("Conv", *LINEAR)]
+    if own and not simulated and others == [node]:
+        _refine(model, quantize, float(scale))
+    pair = [
+        helper.make_node("QuantizeLinear", [node.input[0], *grid], [f"{prefix}.q"], name=f"{prefix}.quantize"),
+        clip,
+        helper.make_node("DequantizeLinear", [f"{prefix}.c", *grid], [f"{prefix}.d"], name=f"{prefix}.dequantize"),
+    ]
+    node.input[0] = f"{prefix}.d"
+    _insert(model, pair, before=node.name)
+
+
+def _refine(model: onnx.ModelProto, quantize: onnx.NodeProto, step: float) -> None:
+    """Make a tensor's 8-bit grid a refinement of the coarser one that a reader rounds it to next; in place.
+
+    With an odd number of fine steps in a coarse one no fine value lies on a coarse border, so that rounding twice is
+    rounding once. The range stays at least what it was.
+    """
+    fine, zero = (initializer(model, name) for name in quantize.input[1:3])
+    size, origin = float(numpy_helper.to_array(fine)), int(numpy_helper.to_array(zero))
+    below, above = math.ceil(origin * size / step), math.ceil((255 - origin) * size / step)
+    parts = 255 // (below + above)
+    parts -= 1 - parts % 2
+    if parts >= 3:  # else the other readers would lose more than the coarse one gains
+        fine.CopyFrom(numpy_helper.from_array(np.asarray(step / parts, np.float32), fine.name))
+        zero.CopyFrom(numpy_helper.from_array(np.asarray(below * parts, np.uint8), zero.name))
+
+
+def _insert(model: onnx.ModelProto, new: list[onnx.NodeProto], before: str, replace: bool = False) -> None:
+    """Put nodes before the one of that name, or in its place. What was read off the graph before is a copy after."""
+    nodes = list(model.graph.node)
+    place = next(i for i, node in enumerate(nodes) if node.name == before)
+    nodes[place : place + replace] = new
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def quantize_static(
@@ -304,9 +346,6 @@ def to_dynamic(model: onnx.ModelProto, settings: Mapping[str, Setting]) -> None:
             new.append(helper.make_node("Add", [product, bias], [node.output[0]]))
         for part in new:
             part.name = f"{node.name}.{part.output[0].removeprefix(name)}"
-        nodes = list(graph.node)
-        place = next(i for i, n in enumerate(nodes) if n.name == node.name)
-        nodes[place : place + 1] = new
-        del graph.node[:]
-        graph.node.extend(nodes)
-        store_codes(model, weight, table, setting.weights, signed) if setting.weights < 8 else None
+        _insert(model, new, before=node.name, replace=True)
+        if setting.weights < 8:
+            store_codes(model, weight, table, setting.weights, signed)

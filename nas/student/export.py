@@ -152,18 +152,26 @@ def onnx_macs_params(model: onnx.ModelProto) -> tuple[int, int]:
         value.type.tensor_type.shape.dim[0].dim_value = 1
     shapes = _shapes(single)
     sizes = {t.name: tuple(t.dims) for t in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type in ("DequantizeLinear", "Identity") and node.input[0] in sizes:  # Identity: merged
-            sizes[node.output[0]] = sizes[node.input[0]]
+    constants = {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}
+    decoding = set()
+    for i, node in enumerate(model.graph.node):
+        # Weights may be scaled, merged or stored in few bits: what is computed from constants alone is one.
+        if any(name in sizes for name in node.input) and constants.union(sizes, [""]).issuperset(
+            node.input
+        ):
+            decoding.add(i)
+            sizes |= {name: tuple(shapes[name]) for name in node.output if name in shapes}
     macs = params = 0
-    for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul", "LayerNormalization", "Add"):
+    for i, node in enumerate(model.graph.node):
+        if i in decoding or node.op_type not in (
+            "Conv", "Gemm", "MatMul", "MatMulInteger", "LayerNormalization", "Add",
+        ):  # fmt: skip
             continue
         params += sum(int(np.prod(sizes[name])) for name in node.input if name in sizes)
         if node.op_type == "Conv":
             # The weight is repeated at every position.
             macs += int(np.prod(sizes[node.input[1]])) * int(np.prod(shapes[node.output[0]][2:]))
-        elif node.op_type in ("Gemm", "MatMul"):
+        elif node.op_type in ("Gemm", "MatMul", "MatMulInteger"):
             factor = sizes.get(node.input[1]) or shapes[node.input[1]]
             transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
             macs += int(np.prod(shapes[node.output[0]])) * factor[-1 if transposed else -2]
