@@ -13,8 +13,8 @@ from torch import nn
 
 from nas.compression import ChannelPrune, Quantize, apply_passes, passes, restore, rewrite_onnx
 from nas.compression.base import named_module
-from nas.compression.fold import consumers, fold_batchnorm
 from nas.compression.fake_quant import ActivationQuantizer, QuantConv2d, QuantLinear, Setting
+from nas.compression.fold import consumers, fold_batchnorm
 from nas.compression.qdq import quantized_nodes
 from nas.errors import CompressionError
 from nas.latency.runtimes import OnnxRuntime
@@ -89,11 +89,11 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"head": 8},
         {"first.0": 8, "head": 8},
         *(dict.fromkeys(EVERYTHING, b) for b in range(2, 8)),
-        dict.fromkeys(EVERYTHING, {"weights": 4, "symmetric": False}),
-        dict.fromkeys(EVERYTHING, {"weights": 3, "activations": None}),
-        dict.fromkeys(EVERYTHING, {"weights": 8, "activations": None, "symmetric": False}),
-        dict.fromkeys(EVERYTHING, {"weights": 4, "activations": 4}),
-        {"first.0": 8, "expand.0": 2, "depthwise.0": {"activations": 5}, "project.0": {"weights": 4, "activations": None}},
+        {name: {"weights": 4, "symmetric": False} for name in EVERYTHING},
+        {name: {"weights": 3, "activations": None} for name in EVERYTHING},
+        {name: {"weights": 8, "activations": None, "symmetric": False} for name in EVERYTHING},
+        {name: {"weights": 4, "activations": 4} for name in EVERYTHING},
+        {"first.0": 8, "expand.0": 2, "depthwise.0": {"activations": 5}, "head": {"weights": 4, "activations": None}},
     ],
     "cluster": [dict.fromkeys(EVERYTHING, 16), {"expand.0": 2, "head": 256}],
 }

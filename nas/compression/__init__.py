@@ -5,6 +5,7 @@ from nas.compression.channel_prune import ChannelPrune
 from nas.compression.cluster import Cluster
 from nas.compression.quantize import Quantize
 
-__all__ = ["ChannelPrune", "Cluster", "Loss", "Pass", "Plan", "Quantize", "apply_passes", "passes", "penalties", "restore",
+__all__ = [
+    "ChannelPrune", "Cluster", "Loss", "Pass", "Plan", "Quantize", "apply_passes", "passes", "penalties", "restore",
     "rewrite_onnx",
-]
+]  # fmt: skip

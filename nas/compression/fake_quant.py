@@ -1,7 +1,7 @@
-"""Simulated quantisation: layers that compute in floats what integers of few bits would, with gradients straight through.
+"""Simulated quantisation: layers that compute in floats what integers of few bits would, gradients straight through.
 
 Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons": a rounding has the slope of the
-identity where it does not clip. Jacob et al. 2018, eq. 12: ``clamp(round(x / scale) + zero) - zero) * scale``.
+identity where it does not clip. Jacob et al. 2018, eq. 12: ``(clamp(round(x / scale) + zero) - zero) * scale``.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ def _narrow(
     made: Collection[str],
     bias: npt.NDArray[np.float32] | None,
 ) -> None:
-    """Round the input of the node ``reader`` to ``bits``: scale of that grid, and codes that end at 2^bits - 1; in place.
+    """Round the input of the node ``reader`` to ``bits``: that grid, and codes that end at 2^bits - 1; in place.
 
     QuantizeLinear saturates at 255 only, so a Clip on the uint8 codes follows it. Where it alone reads a tensor
     that no simulated output rounds (``made``), the pair that is there takes the grid; anywhere else another pair

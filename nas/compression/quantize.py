@@ -24,9 +24,9 @@ from nas.errors import CompressionError
 class Quantize(Pass):
     """Quantisation of named convolutions and linear layers: ``settings`` maps a layer name to bits or to a mapping.
 
-    ``b`` (2..8) means weights of ``b`` bits and an input of 8. A mapping sets ``weights`` (2..8), ``activations`` (2..8,
-    or None for floats: only the file gains), ``symmetric`` (of the weights) and ``dynamic`` (input ranges found while
-    the model runs; linear layers only): :class:`~nas.compression.fake_quant.Setting`.
+    ``b`` (2..8) means weights of ``b`` bits and an input of 8. A mapping sets ``weights`` (2..8), ``activations``
+    (2..8, or None for floats: only the file gains), ``symmetric`` (of the weights) and ``dynamic`` (input ranges found
+    while the model runs; linear layers only): :class:`~nas.compression.fake_quant.Setting`.
 
     Training simulates the integer arithmetic (Jacob et al. 2018, "Quantization and Training of Neural Networks
     for Efficient Integer-Arithmetic-Only Inference"): batch normalisation is folded first, weights are rounded
@@ -128,7 +128,7 @@ class Quantize(Pass):
         changed = onnx.ModelProto()
         changed.CopyFrom(model)
         layers = layer_nodes(changed)
-        changed = spell_out(changed, [layers[name].input[1] for name in settings])
+        changed = spell_out(changed, [tensor for name in settings for tensor in layers[name].input[1:]])
         ranges = take_ranges(changed)
         static = {name: setting for name, setting in settings.items() if setting.integer}
         if static:  # the quantiser takes an empty list for "everything"

@@ -167,7 +167,7 @@ class _Chain:
 
     def size(self) -> int:
         """Bytes in the file."""
-        return sum(item.ByteSize() for item in (*self.nodes, *self.tensors))
+        return sum(node.ByteSize() for node in self.nodes) + sum(tensor.ByteSize() for tensor in self.tensors)
 
 
 def _along(values: Floats, axis: int, ndim: int) -> Floats:
@@ -197,6 +197,8 @@ def spell_out(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
     small.CopyFrom(model)
     del small.graph.node[:], small.graph.input[:], small.graph.output[:], small.graph.value_info[:]
     small.graph.node.extend(node for node in model.graph.node if set(node.output) & reached)
+    del small.graph.initializer[:]
+    small.graph.initializer.extend(t for t in model.graph.initializer if t.name in reached)
     small.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in hidden)
     values = InferenceSession(small.SerializeToString(), providers=["CPUExecutionProvider"]).run(hidden, {})
     for name, value in zip(hidden, values, strict=True):

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from nas.compression import restore, rewrite_onnx
@@ -22,6 +22,7 @@ from nas.compression.fold import fold_batchnorm
 from nas.parts import OPSET, resize_scales
 
 INPUT, OUTPUT = "input", "logits"
+WEIGHTED = ("Conv", "Gemm", "MatMul", "MatMulInteger", "LayerNormalization", "Add")
 
 
 def deployable(model: nn.Module, plan: Plan) -> nn.Module:
@@ -41,7 +42,39 @@ def to_onnx(
         calibration: raw training inputs for activation ranges.
     """
     exported = export_float(deployable(model, plan), sample[:1])
-    return rewrite_onnx(exported, plan, calibration)
+    return compact(rewrite_onnx(exported, plan, calibration))
+
+
+def compact(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Leave out of the file what a runtime does not need: shapes in between, zero points of zero, long names.
+
+    In a small model these weigh more than its weights. Weights, biases and the nodes that read them keep their names.
+    """
+    graph = model.graph
+    zeros = {
+        t.name for t in graph.initializer
+        if t.data_type in (TensorProto.INT8, TensorProto.INT32) and not numpy_helper.to_array(t).any()
+    }  # fmt: skip
+    convolved = {name for node in graph.node if node.op_type == "Conv" for name in node.input}
+    for node in graph.node:
+        # A missing one means zero. Products of matrices are fused only where it is there.
+        if node.op_type == "DequantizeLinear" and node.output[0] in convolved and zeros.issuperset(node.input[2:]):
+            del node.input[2:]
+    read = {name for node in graph.node for name in node.input}
+    tensors = [t for t in graph.initializer if t.name in read]
+    del graph.initializer[:], graph.value_info[:]
+    graph.initializer.extend(tensors)
+    ends = {value.name for value in (*graph.input, *graph.output)}
+    kept = ends | {t.name for t in graph.initializer if t.name.rpartition(".")[2].startswith(("weight", "bias"))}
+    names = {"": ""} | {name: name for name in kept}
+    for tensor in graph.initializer:
+        tensor.name = names.setdefault(tensor.name, f"c{len(names)}")
+    for node in graph.node:
+        if node.op_type not in WEIGHTED:
+            node.name = ""
+        for slots in (node.input, node.output):
+            slots[:] = [names.setdefault(name, f"t{len(names)}") for name in slots]
+    return model
 
 
 def export_float(model: nn.Module, sample: torch.Tensor) -> onnx.ModelProto:
@@ -163,9 +196,7 @@ def onnx_macs_params(model: onnx.ModelProto) -> tuple[int, int]:
             sizes |= {name: tuple(shapes[name]) for name in node.output if name in shapes}
     macs = params = 0
     for i, node in enumerate(model.graph.node):
-        if i in decoding or node.op_type not in (
-            "Conv", "Gemm", "MatMul", "MatMulInteger", "LayerNormalization", "Add",
-        ):  # fmt: skip
+        if i in decoding or node.op_type not in WEIGHTED:
             continue
         params += sum(int(np.prod(sizes[name])) for name in node.input if name in sizes)
         if node.op_type == "Conv":
