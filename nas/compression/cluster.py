@@ -87,7 +87,8 @@ def cluster_values(
 
     Lloyd's algorithm, from centroids spread evenly over the range: the paper's linear initialisation, which keeps the
     few large weights. In one dimension the border between two neighbours is their middle, and sorted values with
-    their running sums give a round in ``clusters`` look-ups. A cluster that loses all its weights stays where it is.
+    their running sums give a round in ``clusters`` look-ups. A cluster that loses all its weights takes the one that is
+    farthest from its own value.
     """
     flat = np.sort(weight.reshape(-1).astype(np.float64))
     sums = np.concatenate([[0.0], np.cumsum(flat)])
@@ -97,6 +98,12 @@ def cluster_values(
         edges = np.concatenate([[0], ends, [len(flat)]])
         counts = np.diff(edges)
         means = np.where(counts > 0, np.diff(sums[edges]) / np.maximum(counts, 1), centroids)
+        if empty := np.flatnonzero(counts == 0).tolist():
+            distance = np.abs(flat - np.repeat(centroids, counts))
+            farthest = np.argsort(distance, kind="stable")[::-1][: len(empty)]
+            for place, i in zip(empty, farthest[distance[farthest] > 0], strict=False):  # few weights: too many values
+                means[place] = flat[i]
+            means = np.sort(means)
         if np.array_equal(means, centroids):
             break
         centroids = means

@@ -178,8 +178,8 @@ def _along(values: Floats, axis: int, ndim: int) -> Floats:
     return values if values.ndim == 0 else values.reshape([-1 if i == axis else 1 for i in range(ndim)])
 
 
-def spell_out(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
-    """Make initializers again of float tensors that an earlier pass stored in a form to be decoded.
+def spell_out(model: onnx.ModelProto, names: list[str], kind: int = TensorProto.FLOAT) -> onnx.ModelProto:
+    """Make initializers again of tensors of ``kind`` that an earlier pass stored in a form to be decoded.
 
     Returns the model itself where all of them are initializers already, else a changed copy.
     """
@@ -199,7 +199,7 @@ def spell_out(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
     small.graph.node.extend(node for node in model.graph.node if set(node.output) & reached)
     del small.graph.initializer[:]
     small.graph.initializer.extend(t for t in model.graph.initializer if t.name in reached)
-    small.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in hidden)
+    small.graph.output.extend(helper.make_tensor_value_info(name, kind, None) for name in hidden)
     values = InferenceSession(small.SerializeToString(), providers=["CPUExecutionProvider"]).run(hidden, {})
     for name, value in zip(hidden, values, strict=True):
         changed.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))

@@ -65,8 +65,9 @@ def compact(model: onnx.ModelProto) -> onnx.ModelProto:
     del graph.initializer[:], graph.value_info[:]
     graph.initializer.extend(tensors)
     ends = {value.name for value in (*graph.input, *graph.output)}
-    kept = ends | {t.name for t in graph.initializer if t.name.rpartition(".")[2].startswith(("weight", "bias"))}
-    names = {"": ""} | {name: name for name in kept}
+    made = {t.name for t in graph.initializer}.union(*(node.output for node in graph.node))
+    kept = ends | {name for name in made if name.rpartition(".")[2].removesuffix("_quantized") in ("weight", "bias")}
+    names = {"": ""} | {name: name for name in sorted(kept)}
     for tensor in graph.initializer:
         tensor.name = names.setdefault(tensor.name, f"c{len(names)}")
     for node in graph.node:
