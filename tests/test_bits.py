@@ -265,7 +265,7 @@ def test_the_exported_weight_is_on_the_trained_grid(
 ) -> None:
     """The tensor that the integer kernel reads times its scale is the weight that training computed with."""
     setting = {"weights": bits, "symmetric": symmetric}
-    plan = {"quantize": {name: setting for name in LAYERS}}
+    plan = {"quantize": dict.fromkeys(LAYERS, setting)}
     model, exported = tuned(trained, plan, digits, epochs=1)
     for name in LAYERS:
         layer: Any = model.get_submodule(name)
@@ -293,7 +293,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", most(SETTINGS, slow=("six", "weights only, asymmetric")))
 def test_other_settings(kind: str, trained: nn.Module, digits: Digits) -> None:
     setting = SETTINGS[kind]
-    model, exported = tuned(trained, {"quantize": {name: setting for name in LAYERS}}, digits)
+    model, exported = tuned(trained, {"quantize": dict.fromkeys(LAYERS, setting)}, digits)
     assert agree(model, exported, digits) > 0.9
     kernels = fused(exported)
     if setting.get("activations", 8) is None:
@@ -312,7 +312,7 @@ def test_other_settings(kind: str, trained: nn.Module, digits: Digits) -> None:
 @pytest.mark.parametrize("setting", [8, 4, 2, SETTINGS["asymmetric"], SETTINGS["four and four"]], ids=str)
 def test_without_sums_and_pooling_the_file_is_the_simulation(setting: Any, dense: nn.Module, digits: Digits) -> None:
     """Nothing is rounded in the file that training did not round: logits agree to the last bits of a float."""
-    model, exported = tuned(dense, {"quantize": {name: setting for name in DENSE}}, digits)
+    model, exported = tuned(dense, {"quantize": dict.fromkeys(DENSE, setting)}, digits)
     with torch.no_grad():
         wanted = model(digits[0]).numpy()
     assert np.mean(np.abs(run(exported, digits[0]) - wanted) > 1e-3) < (0.01 if setting != 8 else 0.05)
@@ -321,7 +321,7 @@ def test_without_sums_and_pooling_the_file_is_the_simulation(setting: Any, dense
 
 @pytest.mark.parametrize("setting", [{"dynamic": True}, {"weights": 3, "dynamic": True, "symmetric": False}])
 def test_dynamic_ranges(setting: dict[str, Any], dense: nn.Module, digits: Digits) -> None:
-    plan = {"quantize": {name: setting for name in DENSE}}
+    plan = {"quantize": dict.fromkeys(DENSE, setting)}
     model, exported = tuned(dense, plan, digits)
     assert agree(model, exported, digits) > 0.9
     kernels = fused(exported)
@@ -363,7 +363,7 @@ def test_restored_layers_are_the_trained_ones(trained: nn.Module, digits: Digits
         assert float((plain(x).argmax(1) == y).float().mean()) > float((model(x).argmax(1) == y).float().mean()) - 0.02
 
 
-@pytest.mark.parametrize("setting", [4, SETTINGS["weights only"], SETTINGS["four and four"], {"dynamic": True}], ids=str)
+@pytest.mark.parametrize("setting", [4, SETTINGS["weights only"], {"activations": 4}, {"dynamic": True}], ids=str)
 def test_layers_that_were_split(setting: Any, digits: Digits) -> None:
     class Split(nn.Module):
         def __init__(self) -> None:
@@ -376,12 +376,12 @@ def test_layers_that_were_split(setting: Any, digits: Digits) -> None:
 
     torch.manual_seed(0)
     names = ["linear"] if isinstance(setting, dict) and "dynamic" in setting else ["conv", "linear"]
-    check_pass(Quantize, Split().eval(), {name: setting for name in names}, digits[0][:32])
+    check_pass(Quantize, Split().eval(), dict.fromkeys(names, setting), digits[0][:32])
     check_pass(Cluster, Split().eval(), dict.fromkeys(names, 8), digits[0][:32])
 
 
 def test_twin_layers_of_one_content(digits: Digits) -> None:
-    """The exporter merges equal tensors: here the biases, all zero as folding an untrained normalisation leaves them."""
+    """The exporter merges equal tensors: here the biases, all of them zero after an untrained normalisation."""
     torch.manual_seed(0)
     check_pass(Quantize, Net().eval(), dict.fromkeys(LAYERS, 4), digits[0][:32])
 
