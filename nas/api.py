@@ -1,11 +1,11 @@
-"""The Python face: ``nas.search`` and ``nas.load_student``."""
+"""The Python face: ``nas.search``, ``nas.derive`` and ``nas.load_student``."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,13 @@ from nas.errors import ExperimentError, StudentError
 from nas.experiment import LookupExperiment, load_any
 from nas.job import execute
 from nas.progress import Progress
+from nas.space import TaskInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from nas.derived import DerivedSpace
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,33 @@ def search(
         )
     run = Path(out) if out is not None else Path("runs") / checked.name
     return load_student(execute(checked, run, resume=resume, progress=progress))
+
+
+def derive(model: nn.Module, example_input: torch.Tensor, **options: Any) -> DerivedSpace:
+    """A search space of a trained model: what of it may be pruned, split, quantised or left out.
+
+    Args:
+        model: in evaluation or training mode; one tensor in, logits ``[n, classes]`` out. It is copied.
+        example_input: raw inputs ``[n, *input_shape]``, n ≥ 1.
+        options: of :class:`nas.derived.DerivedSpace`: ``prune``, ``bits``, ``ranks``, ``drop``, ``skip``, …
+
+    Raises:
+        CompressionError: the forward cannot be followed.
+        SpaceError: an option is out of range, or nothing can be chosen.
+    """
+    import torch
+
+    from nas.derived import DerivedSpace
+    from nas.settings import check
+
+    with torch.no_grad():
+        classes = int(model.eval()(example_input[:1]).shape[-1])
+    integers = not example_input.dtype.is_floating_point
+    info = TaskInfo(
+        tuple(example_input.shape[1:]), classes, value_range=(float(example_input.min()), float(example_input.max())),
+        dtype="int64" if integers else "float32",
+    )  # fmt: skip
+    return DerivedSpace(info, **check(DerivedSpace, {"model": model, **options}, 1, where="space"))
 
 
 def load_student(folder: str | Path) -> Student:

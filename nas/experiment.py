@@ -17,6 +17,7 @@ from nas.tabular import PublishedSpace
 
 SCHEMA = "docs/experiment.md"
 FIRST = ("enqueue", "earlier")
+DERIVED = "derived"  # the space that is made of a user's model
 
 
 class Section(BaseModel):
@@ -44,9 +45,17 @@ class TaskSection(OpenSection):
 
 
 class SpaceSection(OpenSection):
-    """Search space by name, path or ``module:name``. Further keys go to the space."""
+    """Search space by name, path or ``module:name``. Further keys go to the space.
+
+    With ``model`` and ``weights`` and without a name it is the space of that model, ``derived``.
+    """
 
     name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own(cls, raw: Any) -> Any:
+        return {"name": DERIVED, **raw} if isinstance(raw, dict) and "model" in raw else raw
 
 
 class DeviceSection(Section):
@@ -218,6 +227,17 @@ class Experiment(Section):
     finalists: FinalistsSection = FinalistsSection()
     baselines: tuple[Literal["random", "uniform"], ...] = ("uniform",)
     study: StudySection = StudySection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_teacher(cls, raw: Any) -> Any:
+        """Whose space is made of a trained model, has it for a teacher, unless another one is named."""
+        space = raw.get("space") if isinstance(raw, dict) else None
+        if not isinstance(space, dict) or space.get("name", DERIVED) != DERIVED or "weights" not in space:
+            return raw
+        teacher = raw.get("teacher") or {}
+        own = {"model": space.get("model"), "weights": space["weights"]}
+        return raw if not isinstance(teacher, dict) else {**raw, "teacher": {**own, **teacher}}
 
     @field_validator("budget")
     @classmethod

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 import torch
 from onnx import TensorProto, numpy_helper
-from torch import nn
+from torch import fx, nn
 
 from nas.compression import restore, rewrite_onnx
 from nas.compression.base import Plan
@@ -80,18 +80,34 @@ def compact(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def export_float(model: nn.Module, sample: torch.Tensor) -> onnx.ModelProto:
     """Plain export of a float module, with a free batch dimension."""
+    return free_batch(export_fixed(model, (sample,)))
+
+
+def export_fixed(model: nn.Module, samples: tuple[torch.Tensor, ...]) -> onnx.ModelProto:
+    """Plain export of a float module for inputs of exactly these shapes; the first is called ``input``."""
     buffer: Any = io.BytesIO()
     with warnings.catch_warnings():
         # The TorchScript exporter is deprecated but takes well under a second where its successor takes 4 to 11.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model.eval(), (sample,), buffer, dynamo=False, opset_version=OPSET,
-            input_names=[INPUT], output_names=[OUTPUT],
+            model.eval(), samples, buffer, dynamo=False, opset_version=OPSET,
+            input_names=[INPUT, *(f"{INPUT}{i}" for i in range(1, len(samples)))], output_names=[OUTPUT],
+            # Only where it is asked for: the exporter leaves more to the runtime when it does not know a shape.
+            dynamic_axes={INPUT: {0: "batch"}} if _reads_batch(model) else None,
         )  # fmt: skip
     exported = onnx.load_from_string(buffer.getvalue())
     _name_linear_weights(exported, model)
     _pass_on_remarks(exported, model)
-    return free_batch(exported)
+    _drop_dead_nodes(exported)
+    _unshare_initializers(exported)
+    return exported
+
+
+def _reads_batch(model: nn.Module) -> bool:
+    """Whether a traced forward computes with the size of the batch, which must not become a number."""
+    return isinstance(model, fx.GraphModule) and any(
+        node.op == "call_method" and node.target == "size" for node in model.graph.nodes
+    )
 
 
 def _pass_on_remarks(exported: onnx.ModelProto, model: nn.Module) -> None:
@@ -133,7 +149,6 @@ def free_batch(model: onnx.ModelProto) -> onnx.ModelProto:
             del node.input[1:]
             node.input.extend(["", name])
     _drop_dead_nodes(model)
-    _unshare_initializers(model)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     del model.graph.value_info[:]

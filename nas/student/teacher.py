@@ -103,12 +103,11 @@ class _Plain:
         return Training()
 
 
-def own_teacher(model: str, weights: str, task: Task, folder: Path) -> Teacher:
-    """The user's module: ``model`` is ``module:build``, a function of no arguments, ``weights`` a safetensors file.
+def own_module(model: str, weights: str) -> nn.Module:
+    """The user's module with its weights.
 
     Raises:
         ContentError: module or weights cannot be loaded.
-        DataError: it does not map the task's inputs to its classes.
     """
     module = import_object(model, "teacher")()
     if not isinstance(module, nn.Module):
@@ -122,6 +121,17 @@ def own_teacher(model: str, weights: str, task: Task, folder: Path) -> Teacher:
         module.load_state_dict(load_file(path))
     except Exception as error:
         raise ContentError(f"{path} does not fit {model}: {error}.", expected="the module's own state_dict") from error
+    return module
+
+
+def own_teacher(model: str, weights: str, task: Task, folder: Path) -> Teacher:
+    """The user's module: ``model`` is ``module:build``, a function of no arguments, ``weights`` a safetensors file.
+
+    Raises:
+        ContentError: module or weights cannot be loaded.
+        DataError: it does not map the task's inputs to its classes.
+    """
+    module = own_module(model, weights)
     x, y = task.split("valid")
     try:
         logits = predict(module, x)

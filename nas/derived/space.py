@@ -1,0 +1,517 @@
+"""A search space made of a user's own trained model: what to prune, split, quantise and leave out of it.
+
+Its forward is kept as it is written; candidates start from its weights, sliced. Every group of channels, units or
+heads has a share that is pruned, every layer its bits and rank, every residual branch whether it is kept.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from nas import members
+from nas.compression.base import Plan
+from nas.derived.dims import Dim, Var
+from nas.derived.importance import importance
+from nas.derived.segment import segment
+from nas.derived.shrink import shrunk
+from nas.derived.structure import RELUS, Block, Cluster, Group, Structure
+from nas.errors import SpaceError
+from nas.parts import Boundary, Part
+from nas.space import Candidate, Choice, SearchSpace, Site, TaskInfo, Training, Treatment
+from nas.student.teacher import own_module
+
+MOST = 20_000  # combinations of genes that one site may read
+CHAIN = 3  # residual additions in a row, from which on their layers share their bits
+FULL = 1.0
+
+
+class DerivedSpace(SearchSpace):
+    """The space; its options say what may be chosen.
+
+    Args:
+        task: shapes and classes of the data.
+        model: ``module:build``, a function of no arguments, or a module.
+        weights: its safetensors file; nothing where ``model`` is a trained module.
+        prune: shares of a group's channels, units or heads that are removed, on offer for every group.
+        bits: of weights and activations, on offer for every convolution and linear layer: 32 (fp32), 8 (int8), or
+            fewer for the stored weights of an int8 layer.
+        ranks: shares of the full rank, on offer for every layer that fewer weights are made of that way; 1 is the
+            layer as it is.
+        drop: whether residual branches may be left out.
+        head_dims: whether the dimensions of attention heads may be pruned as the heads are.
+        multiple: kept channels and units are rounded to it, because runtimes work on blocks of channels.
+        skip: names of layers (patterns as in ``layer1.*``) that stay as they are, in fp32.
+        kd_weights, temperatures: distillation settings on offer.
+
+    Raises:
+        CompressionError: the model's forward cannot be followed.
+        ContentError: model or weights cannot be loaded.
+        SpaceError: there is nothing to choose, or an option is out of range.
+    """
+
+    name = "derived"
+
+    def __init__(
+        self,
+        task: TaskInfo,
+        *,
+        model: Any,
+        weights: str = "",
+        prune: Sequence[float] = (0.0, 0.25, 0.5, 0.75),
+        bits: Sequence[int] = (32, 8),
+        ranks: Sequence[float] = (1.0, 0.5),
+        drop: bool = True,
+        head_dims: bool = False,
+        multiple: int = 8,
+        skip: Sequence[str] = (),
+        kd_weights: Sequence[float] = (0.5, 0.9),
+        temperatures: Sequence[float] = (2.0, 4.0),
+    ) -> None:
+        _check(prune, bits, ranks, multiple)
+        self.task, self.multiple = task, multiple
+        if not isinstance(model, nn.Module) and not weights:
+            raise SpaceError(
+                "space.model has no weights.", expected="space.weights, its state_dict in a .safetensors file"
+            )
+        module = model if isinstance(model, nn.Module) else own_module(str(model), weights)
+        if isinstance(model, nn.Module):
+            options = {
+                "weights": weights, "prune": prune, "bits": bits, "ranks": ranks, "drop": drop,
+                "head_dims": head_dims, "multiple": multiple, "skip": skip, "kd_weights": kd_weights,
+                "temperatures": temperatures,
+            }  # fmt: skip
+            self.recipe = (_again, (task, model, options))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.structure = Structure(module, task.random(2, seed=0))
+        self.axes = self.structure.axes
+        self._classes(task)
+        self._skip = tuple(skip)
+        self.layers = [path for path in self.structure.layers if not self._skipped(path)]
+        self.groups = [group for group in self.structure.groups if self._prunable(group, head_dims)]
+        self.blocks = [
+            block for block in self.structure.blocks
+            if drop and not any(self._skipped(str(n.target)) for n in block.branch if n.op == "call_module")
+        ]  # fmt: skip
+        self._by_output = {block.output: block for block in self.blocks}
+        self._values = {"prune": tuple(prune), "bits": tuple(bits), "rank": tuple(ranks)}
+        self._gene_of = self._shared_groups()
+        self._bits_of = self._shared_bits()
+        self.choices = self._choices(kd_weights, temperatures)
+        self._offered = {choice.name for choice in self.choices}
+        if len(self.choices) == 2:
+            raise SpaceError(
+                "Nothing of the model can be chosen: no group, layer or block is left.",
+                remedy="fewer names in skip, or more values in prune, bits and ranks",
+            )
+        self.sites = self._sites()
+        self.treatments = self._treatments()
+
+    # ---- what may be chosen --------------------------------------------------------------------------
+
+    def _skipped(self, path: str) -> bool:
+        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self._skip)
+
+    def _prunable(self, group: Group, head_dims: bool) -> bool:
+        own = not any(self._skipped(path) for path in group.layers)
+        return own and (head_dims or group.variable.role != "head_dim")
+
+    def _classes(self, task: TaskInfo) -> None:
+        out = self.axes.of[self.structure.output]
+        if len(out) != 2 or out[1].size != task.classes:
+            raise SpaceError(
+                f"The model gives outputs of shape [n, {', '.join(str(d.size) for d in out[1:])}].",
+                expected=f"logits [n, {task.classes}]",
+            )
+
+    def _choices(self, kd_weights: Sequence[float], temperatures: Sequence[float]) -> tuple[Choice, ...]:
+        found: dict[str, Choice] = {}
+
+        def add(name: str, values: Sequence[Any], plain: Any, technique: str) -> None:
+            if name not in found and len(values) > 1:
+                found[name] = Choice(name, values, plain=plain if plain in values else None, technique=technique)
+
+        for block in self.blocks:
+            add(f"{block.name}.keep", (True, False), True, "architecture")
+        for group in self.groups:
+            add(self._gene_of[group.variable], self._values["prune"], 0.0, "pruning")
+        for path in self.layers:
+            if self._splits(path):
+                add(f"{path}.rank", self._values["rank"], FULL, "low_rank")
+        for path in self.layers:
+            add(self._bits_of[path], self._values["bits"], 32, "quantization")
+        return (*found.values(), *members.distillation_choices(kd_weights, temperatures))
+
+    def _shared_groups(self) -> dict[Var, str]:
+        """Group → gene. Groups that meet in one part share a gene where it would read too many."""
+        gene = {group.variable: f"{group.name}.prune" for group in self.groups}
+        values = len(self._values["prune"])
+        for cluster in self.structure.clusters:
+            own = dict.fromkeys(gene[v] for v in self._variables(cluster) if v in gene)
+            if values ** len(own) > MOST // 50:
+                first, *others = own
+                gene = {v: first if name in others else name for v, name in gene.items()}
+        return gene
+
+    def _shared_bits(self) -> dict[str, str]:
+        """Layer → gene of its bits. Along many residual additions the stream has one precision, and one gene.
+
+        Otherwise what flows into the last block would depend on every block before it.
+        """
+        gene = {path: f"{path}.bits" for path in self.layers}
+        chains: dict[fx.Node, list[Block]] = {}
+        origin: dict[fx.Node, fx.Node] = {}
+        for block in self.blocks:
+            start = origin.get(block.shortcut, block.shortcut)
+            origin[block.output] = start
+            chains.setdefault(start, []).append(block)
+        for start, blocks in chains.items():
+            nodes = [n for block in blocks for n in block.branch]
+            inside = [str(n.target) for n in nodes if isinstance(self.structure.layer(n), nn.Conv2d)]
+            paths = [*self._sources(start), *sorted(inside, key=self.structure.layers.index)]
+            paths = [path for path in paths if path in gene]
+            if len(blocks) > CHAIN and paths:
+                gene |= dict.fromkeys(paths, f"{paths[0]}.bits")
+        return gene
+
+    def _sources(self, node: fx.Node) -> list[str]:
+        """Convolutions that a value comes from through additions and what integers pass."""
+        layer = self.structure.layer(node)
+        if isinstance(layer, nn.Conv2d):
+            return [str(node.target)]
+        if node.op == "placeholder" or node.op == "get_attr":
+            return []
+        if layer is None and not self.structure.passes_on(node):
+            return []
+        return [path for n in node.all_input_nodes for path in self._sources(n)]
+
+    def _splits(self, path: str) -> bool:
+        return any(self._rank_of(path, *self._fans(path, {}), share) is not None for share in self._values["rank"])
+
+    # ---- sizes ----------------------------------------------------------------------------------------
+
+    def _variables(self, cluster: Cluster) -> list[Var]:
+        nodes = [*cluster.inputs, *cluster.nodes, *(n for m in cluster.nodes for n in m.all_input_nodes)]
+        dims = [dim for node in nodes if node in self.axes.of for dim in _flat(self.axes.of[node])]
+        for node in cluster.nodes:
+            dims += self.axes.layers.get(str(node.target), ())
+        return list(dict.fromkeys(v for dim in dims for v in dim.variables))
+
+    def kept(self, size: int, share: float, role: str = "") -> int:
+        """How many of ``size`` are left when a ``share`` is pruned."""
+        multiple = 1 if role == "heads" or size < 2 * self.multiple else self.multiple
+        return min(size, max(multiple, round(size * (1 - share) / multiple) * multiple))
+
+    def _sizes(self, c: Candidate, variables: Sequence[Var]) -> dict[Var, int]:
+        found = {}
+        for v in variables:
+            gene = self._gene_of.get(v)
+            if gene is not None and gene in self._offered:
+                found[v] = self.kept(v.size, float(c[gene]), v.role)
+        return found
+
+    def _fans(self, path: str, sizes: Mapping[Var, int]) -> tuple[int, int]:
+        """Weights of one output, and outputs, of a layer."""
+        layer = self.structure.modules[path]
+        x, out = (dim.sized(dict(sizes)) for dim in self.axes.layers[path])
+        if not isinstance(layer, nn.Conv2d):
+            return x, out
+        depthwise = layer.groups == layer.in_channels > 1
+        return (1 if depthwise else x // layer.groups) * math.prod(layer.kernel_size), out
+
+    def _rank_of(self, path: str, fan_in: int, out: int, share: float) -> int | None:
+        """Rank of a split layer; nothing where it stays whole, because that would save no weights."""
+        layer = self.structure.modules[path]
+        if share >= FULL or (isinstance(layer, nn.Conv2d) and layer.groups > 1):
+            return None
+        rank = max(8, round(share * min(fan_in, out) / 8) * 8)
+        return rank if rank < min(fan_in, out) and rank * (fan_in + out) < fan_in * out else None
+
+    # ---- what is read of a candidate -------------------------------------------------------------------
+
+    def _dropped(self, c: Candidate, node: fx.Node) -> bool:
+        """Whether a node belongs to a branch that is left out."""
+        return any(not self._keeps(c, block) for block in self._enclosing.get(node, ()))
+
+    @cached_property
+    def _enclosing(self) -> dict[fx.Node, list[Block]]:
+        found: dict[fx.Node, list[Block]] = {}
+        for block in reversed(self.blocks):  # outer ones first
+            for node in block.branch:
+                found.setdefault(node, []).append(block)
+        return found
+
+    def _keeps(self, c: Candidate, block: Block) -> bool:
+        gene = f"{block.name}.keep"
+        return bool(c[gene]) if gene in self._offered else True
+
+    def _read(self, c: Candidate, node: fx.Node) -> fx.Node:
+        """The node that is read where ``node`` was."""
+        while (block := self._by_output.get(node)) is not None and not self._keeps(c, block):
+            node = block.shortcut
+        return node
+
+    def _asked(self, c: Candidate, path: str) -> int:
+        """Bits of a layer, as its gene says."""
+        gene = self._bits_of.get(path)
+        if gene is None:
+            return 32
+        return int(c[gene]) if gene in self._offered else int(self._values["bits"][0])
+
+    def _bits(self, c: Candidate, path: str) -> int:
+        """Bits of a layer, as the runtime executes it.
+
+        onnxruntime computes a float convolution in integers where its input is read from integers and its output goes
+        to nothing but integers. So that is how it is trained and priced.
+        """
+        asked = self._asked(c, path)
+        node = self._called[path]
+        if asked <= 8 or not isinstance(self.structure.layer(node), nn.Conv2d):
+            return asked
+        if f"{path}.rank" in self._offered and float(c[f"{path}.rank"]) < FULL:
+            return asked  # it is two convolutions, of which neither has integers on both sides
+        if not self._quantized(c, node.all_input_nodes[0], asked=True):
+            return asked
+        readers = self._alive_readers(c, self._home[node].nodes[-1])
+        return 8 if readers and all(self._wants_integers(c, user, asked=True) for user in readers) else asked
+
+    def _integers(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
+        """Whether a node's value is integers: convolutions', and what only passes them on.
+
+        The rule of the quantiser (:func:`nas.compression.quantize.quantized_nodes`): an addition or pooling follows
+        the input that was computed last.
+
+        Args:
+            asked: by what the genes ask for, and not by what the runtime makes of it.
+        """
+        node = self._read(c, node)
+        layer = self.structure.layer(node)
+        if isinstance(layer, nn.Conv2d):
+            return (self._asked if asked else self._bits)(c, str(node.target)) <= 8
+        if node.op in ("placeholder", "get_attr", "call_method"):
+            return False
+        if isinstance(layer, nn.BatchNorm2d):
+            before = node.all_input_nodes[0]
+            folded = isinstance(self.structure.layer(before), nn.Conv2d) and len(before.users) == 1
+            return folded and self._integers(c, before, asked)
+        passes = isinstance(layer, (*RELUS, nn.Dropout, nn.Dropout2d, nn.Identity)) or self.structure.passes_on(node)
+        if not passes:
+            return False
+        inputs = [self._read(c, n) for n in node.all_input_nodes if n.op != "get_attr"]
+        return self._integers(c, max(inputs, key=self.structure.rank.__getitem__), asked)
+
+    def _quantized(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
+        """Whether a value is read from integers: it is some, or one of its readers wants some, and so all get them."""
+        node = self._read(c, node)
+        return self._integers(c, node, asked) or any(
+            self._wants_integers(c, user, asked) for user in self._alive_readers(c, node)
+        )
+
+    def _plan(self, c: Candidate, path: str, sizes: Mapping[Var, int]) -> Plan:
+        """Passes and settings of one layer."""
+        plan: dict[str, dict[str, Any]] = {}
+        if f"{path}.rank" in self._offered:
+            rank = self._rank_of(path, *self._fans(path, sizes), float(c[f"{path}.rank"]))
+            if rank is not None:
+                plan["low_rank"] = {path: rank}
+        bits = self._bits(c, path)
+        if bits <= 8:
+            plan["quantize"] = {path: bits}
+        return plan
+
+    # ---- what it costs -----------------------------------------------------------------------------------
+
+    def _sites(self) -> dict[str, Site]:
+        sites: dict[str, Site] = {}
+        for i, cluster in enumerate(self.structure.clusters):
+            sites[f"{i}.{cluster.name}"] = partial(self._part, cluster=cluster, variables=self._variables(cluster))
+        for node in [self.structure.input, *(n for cluster in self.structure.clusters for n in cluster.outputs)]:
+            if any(self._may_be_integers(n) for n in (node, *self._readers(node))):
+                sites[f"{node.name}.boundary"] = partial(self._boundary, node=node)
+        return sites
+
+    def _part(self, c: Candidate, cluster: Cluster, variables: list[Var]) -> Part | None:
+        nodes = cluster.nodes
+        if cluster.nodes[0] in self._enclosing or cluster.nodes[-1] in self._enclosing:
+            alive = [node for node in nodes if not self._dropped(c, node)]
+            if not alive:
+                return None
+            if len(alive) < len(nodes):
+                cluster = Cluster(cluster.name, tuple(alive), cluster.layer)
+        if self._is_fused(c, cluster):
+            return None
+        sizes = self._sizes(c, variables)
+        layer = self.structure.modules.get(cluster.layer)
+        plan = self._plan(c, cluster.layer, sizes) if cluster.layer else {}
+        bits = min(32, plan.get("quantize", {}).get(cluster.layer, 32))
+        if isinstance(layer, nn.Linear):
+            precision = "int8" if bits <= 8 else "fp32"
+        else:
+            precision = "int8" if self._integers(c, cluster.nodes[-1]) else "fp32"
+        return segment(self.structure, cluster, sizes, plan, precision, bits)
+
+    def _is_fused(self, c: Candidate, cluster: Cluster) -> bool:
+        """Whether an addition is done by the float convolution before it: the runtime adds while it stores."""
+        node = cluster.nodes[0]
+        if getattr(node.target, "_opname", "") != "add" or len(node.all_input_nodes) != 2:
+            return False
+        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        if any(self._quantized(c, n) for n in inputs):
+            return False  # it would have to bring integers into the convolutions' layout first
+        last = max((self._read(c, n) for n in inputs), key=self.structure.rank.__getitem__)
+        while isinstance(self.structure.layer(last), nn.BatchNorm2d):
+            last = last.all_input_nodes[0]
+        return isinstance(self.structure.layer(last), nn.Conv2d)
+
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        """First nodes of other clusters that read a value."""
+        return [user for user in node.users if user.op != "output" and user.op != "call_method"]
+
+    def _may_be_integers(self, node: fx.Node) -> bool:
+        return isinstance(self.structure.layer(node), nn.Conv2d) or bool(self._sources(node))
+
+    def _boundary(self, c: Candidate, node: fx.Node) -> list[Part] | None:
+        """Quantisation of a value once, where some reader wants integers; dequantisation for each that does not.
+
+        The quantiser lets all readers of a value read what was quantised for one of them.
+        """
+        if self._dropped(c, node) or self._read(c, node) is not node:
+            return None
+        own = self._integers(c, node)
+        readers = self._alive_readers(c, node)
+        wanted = [self._wants_integers(c, user) for user in readers]
+        shape = tuple(dim.sized(self._sizes(c, _variables(self.axes.of[node]))) for dim in self.axes.of[node][1:])
+        parts = []
+        if not own and any(wanted):
+            parts.append(Part((Boundary("quantize"),), shape, "boundary"))
+        if (own or any(wanted)) and wanted.count(False):
+            parts.append(Part((Boundary("dequantize"),), shape, "boundary", wanted.count(False)))
+        return parts
+
+    def _alive_readers(self, c: Candidate, node: fx.Node) -> list[fx.Node | None]:
+        """Nodes of other clusters that read a value, also through blocks that are left out; None is the output."""
+        found: list[fx.Node | None] = []
+        home = self._home.get(node)
+        for user in node.users:
+            if user.op == "output":
+                found.append(None)
+            elif user.op != "call_method" and self._home.get(user) is not home and not self._dropped(c, user):
+                found.append(user)
+        for block in self.blocks:
+            if block.shortcut is node and not self._keeps(c, block) and not self._hidden(c, block):
+                found += self._alive_readers(c, block.output)
+        return found
+
+    def _hidden(self, c: Candidate, block: Block) -> bool:
+        """Whether a block lies within another one that is left out."""
+        return any(b is not block and not self._keeps(c, b) for b in self._enclosing.get(block.output, ()))
+
+    @cached_property
+    def _home(self) -> dict[fx.Node, Cluster]:
+        return {node: cluster for cluster in self.structure.clusters for node in cluster.nodes}
+
+    def _wants_integers(self, c: Candidate, user: fx.Node | None, asked: bool = False) -> bool:
+        if user is None or isinstance(self.structure.layer(user), nn.Linear):
+            return False
+        return self._integers(c, user, asked)
+
+    # ---- what is trained -----------------------------------------------------------------------------------
+
+    def _treatments(self) -> dict[str, Treatment]:
+        found: dict[str, Treatment] = {}
+        for path in self.structure.layers:
+            found[path] = partial(self._treated, path=path)
+        found["distillation"] = self._distilled
+        return found
+
+    def _treated(self, c: Candidate, path: str) -> Training | None:
+        node = self._called[path]
+        if self._dropped(c, node):
+            return None
+        plan = self._plan(c, path, self._sizes(c, _variables(self.axes.layers[path])))
+        return Training(compression=plan) if plan else None
+
+    @cached_property
+    def _called(self) -> dict[str, fx.Node]:
+        return {str(node.target): node for node in reversed(self.structure.nodes) if node.op == "call_module"}
+
+    @staticmethod
+    def _distilled(c: Candidate) -> Training | None:
+        weight = float(c["kd_weight"])
+        return Training(weight, float(c["temperature"])) if weight else None
+
+    def build(self, candidate: Candidate) -> nn.Module:
+        # Of a group that lies in branches that are left out, nothing is read: its gene is dormant.
+        gone = {path for path, node in self._called.items() if self._dropped(candidate, node)}
+        sizes = self._sizes(candidate, [g.variable for g in self.groups if not gone.issuperset(g.layers)])
+        chosen = {v: self._best(v, size) for v, size in sizes.items() if size < v.size}
+        outer = [block for block in self.blocks if not self._hidden(candidate, block)]
+        instead = {block.output: block.shortcut for block in outer if not self._keeps(candidate, block)}
+        return shrunk(self.axes, chosen, instead=instead)
+
+    def _best(self, variable: Var, count: int) -> torch.Tensor:
+        """The most important places, in rising order."""
+        return torch.sort(torch.argsort(self._scores[variable], descending=True, stable=True)[:count]).values
+
+    @cached_property
+    def _scores(self) -> dict[Var, torch.Tensor]:
+        return {group.variable: importance(self.structure, group.variable) for group in self.groups}
+
+    # ---- members that are there by hand ----------------------------------------------------------------------
+
+    def ladder(self) -> list[Candidate]:
+        """The model itself."""
+        return [self._member(0.0, 32)]
+
+    def uniform(self) -> list[Candidate]:
+        """Every share for all groups alike, with the fewest bits from 8 on, nothing split or left out."""
+        bits = min((int(b) for b in self._values["bits"] if b >= 8), default=int(min(self._values["bits"])))
+        return [self._member(share, bits) for share in sorted(self._values["prune"])]
+
+    def _member(self, share: float, bits: int) -> Candidate:
+        wanted = {"prune": share, "bits": bits, "rank": FULL, "keep": True}
+        values = {}
+        for choice in self.choices:
+            value = wanted.get(choice.name.rpartition(".")[2])
+            values[choice.name] = value if value in choice.values else choice.values[0]
+        return Candidate(values)
+
+    def report(self) -> list[str]:
+        """What may be chosen, and what stays as it is and why, a line each."""
+        lines = [f"{g.name}: {g.variable.size} {g.variable.role or 'channels'}" for g in self.groups]
+        lines += [f"{block.name}: a residual branch that may be left out" for block in self.blocks]
+        tied = {
+            v: path for path, (_, out) in self.axes.layers.items() for v in out.variables if v.tied
+        }  # fmt: skip
+        lines += [f"{path}: {v.size} outputs stay, {v.tied}" for v, path in tied.items()]
+        return lines + self.axes.notes
+
+
+def _again(task: TaskInfo, model: nn.Module, options: dict[str, Any]) -> DerivedSpace:
+    return DerivedSpace(task, model=model, **options)
+
+
+def _flat(dims: Any) -> list[Dim]:
+    return [d for item in dims for d in (_flat(item) if isinstance(item, list) else [item])]
+
+
+def _variables(dims: Sequence[Dim]) -> list[Var]:
+    return list(dict.fromkeys(v for dim in dims for v in dim.variables))
+
+
+def _check(prune: Sequence[float], bits: Sequence[int], ranks: Sequence[float], multiple: int) -> None:
+    if not prune or not all(0 <= share < 1 for share in prune):
+        raise SpaceError(f"prune is {list(prune)}.", expected="shares from 0 to below 1")
+    if not bits or not all(b == 32 or 2 <= b <= 8 for b in bits):
+        raise SpaceError(f"bits is {list(bits)}.", expected="32, or 2 to 8")
+    if not ranks or not all(0 < share <= 1 for share in ranks):
+        raise SpaceError(f"ranks is {list(ranks)}.", expected="shares above 0, up to 1")
+    if multiple < 1:
+        raise SpaceError(f"multiple is {multiple}.", expected="1 or more")

@@ -1,0 +1,273 @@
+"""A user's model as a graph: its own forward, operator by operator, with its own layers and their names.
+
+``torch.export`` follows the forward whatever it is written like, and keeps every shape that the forward computes as a
+number in the graph. That is what makes a model prunable whose forward says ``reshape(b, n, 3, heads, dim)``: the
+numbers can be changed. Layers are put back where their operators came from, so that they train, have their names, and
+can be quantised or split by the compression passes.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from nas.errors import CompressionError
+
+#: Layers that stay layers. Of any other module the operators are taken.
+LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Conv1d, nn.Conv2d, nn.Linear, nn.Embedding,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm,
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity,
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU,
+    nn.Softmax, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Flatten,
+)  # fmt: skip
+BATCH = 3  # samples of the example that is traced: at least two, or the batch would be taken for a constant
+FUNCTIONAL = "functional"  # where layers live that the forward calls as functions
+
+aten: Any = torch.ops.aten
+
+
+def trace(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
+    """``model`` as a graph of its layers and operators, in evaluation mode; it shares nothing with ``model``.
+
+    Args:
+        model: a module of one tensor → one tensor.
+        example: one or more samples, ``[n, *input_shape]``.
+
+    Returns:
+        A graph module with the parameter names of ``model``, whose nodes know their shapes (``node.meta["val"]``, for
+        a batch of :data:`BATCH`).
+
+    Raises:
+        CompressionError: the forward cannot be followed: it depends on values, or fixes the size of the batch.
+    """
+    model = copy.deepcopy(model).eval()
+    program = _exported(model, _batch(example))
+    graph_module: Any = program.module(check_guards=False)
+    fixed = _fixed_batch(graph_module)
+    if fixed is not None:
+        raise CompressionError(
+            f"The model's forward works for one size of batch only: {fixed} gives {BATCH} rows whatever comes in.",
+            expected="a forward that takes its batch size from its input, as in x.shape[0]",
+        )
+    _functional(graph_module.graph)
+    rebuilt = _with_layers(graph_module, model)
+    _free_batch(rebuilt.graph)
+    rebuilt.graph.eliminate_dead_code()
+    rebuilt.graph.lint()
+    rebuilt.recompile()
+    rebuilt.delete_all_unused_submodules()
+    return rebuilt.eval()
+
+
+def _batch(example: torch.Tensor) -> torch.Tensor:
+    repeats = -(-BATCH // len(example))
+    return torch.cat([example] * repeats)[:BATCH]
+
+
+def _exported(model: nn.Module, x: torch.Tensor) -> Any:
+    # The fused kernels of nn.MultiheadAttention would hide its layers.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.no_grad():
+                out = model(x)
+            if not isinstance(out, torch.Tensor):
+                raise CompressionError(
+                    f"The model returns {type(out).__name__}.",
+                    expected="one tensor of logits; wrap the model where it returns more",
+                )
+            dynamic = ({0: torch.export.Dim.DYNAMIC},)
+            return torch.export.export(model, (x,), dynamic_shapes=dynamic, strict=False)
+    except CompressionError:
+        raise
+    except Exception as error:
+        raise CompressionError(
+            f"The model's forward cannot be traced on inputs {list(x.shape)}: {_first_line(error)}",
+            expected="one tensor in, one tensor out, no control flow that depends on values, any size of batch",
+            remedy="wrap what depends on values, or leave it out of the module that is traced",
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's value in the traced example, the batch as a number."""
+    return tuple(_number(size) for size in node.meta["val"].shape)
+
+
+def _number(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _fixed_batch(module: fx.GraphModule) -> str | None:
+    """The first operator whose result no longer has a free batch although its inputs have; nothing where none."""
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    value = output.args[0][0].meta.get("val") if isinstance(output.args[0], tuple | list) else None
+    if value is not None and value.ndim and isinstance(value.shape[0], int):
+        return str(output.args[0][0].name)
+    return None
+
+
+def _functional(graph: fx.Graph) -> None:
+    """Operators that write into their input become those that do not: every node is a value of its own."""
+    for node in graph.nodes:
+        name = getattr(node.target, "_opname", "")
+        if node.op == "call_function" and name.endswith("_") and not name.startswith("_"):
+            packet = getattr(aten, name[:-1])
+            node.target = getattr(packet, node.target._overloadname)
+
+
+def _with_layers(module: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """Put layers back in place of the operators that came from them."""
+    parts: dict[str, Any] = {name: value for name, value in model.named_modules() if isinstance(value, LAYERS)}
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        found = _layer(node, parts) or _functional_layer(node, module, parts)
+        if found is None:
+            continue
+        path, x = found
+        with graph.inserting_before(node):
+            new = graph.create_node("call_module", path, (x,))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+    for node in reversed(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            parts[str(node.target)] = _attribute(module, str(node.target))
+        elif node.op == "output":
+            node.args = (node.args[0][0] if isinstance(node.args[0], tuple | list) else node.args[0],)
+    for value in parts.values():
+        if hasattr(value, "inplace"):
+            value.inplace = False
+    used = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    graph.set_codegen(fx.graph.CodeGen())
+    return fx.GraphModule({name: parts[name] for name in used}, graph)
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    parent, _, leaf = path.rpartition(".")
+    value = getattr(module.get_submodule(parent), leaf)
+    return value if isinstance(value, nn.Parameter | nn.Module) else value.detach()
+
+
+def _layer(node: fx.Node, parts: dict[str, Any]) -> tuple[str, fx.Node] | None:
+    """Path of the layer whose whole forward ``node`` is, and its input."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path = re.sub(r"@\d+$", "", list(stack.values())[-1][0])
+    layer = parts.get(path)
+    if layer is None or OPERATORS.get(type(layer)) != getattr(node.target, "_opname", ""):
+        return None
+    # An embedding's operator takes its weight first.
+    x = node.args[1] if isinstance(layer, nn.Embedding) else node.args[0]
+    return (path, x) if isinstance(x, fx.Node) else None
+
+
+#: The operator that is a layer's whole forward.
+OPERATORS: dict[type[nn.Module], str] = {
+    nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Linear: "linear", nn.Embedding: "embedding",
+    nn.BatchNorm1d: "batch_norm", nn.BatchNorm2d: "batch_norm", nn.LayerNorm: "layer_norm", nn.GroupNorm: "group_norm",
+    nn.Dropout: "dropout", nn.Dropout1d: "feature_dropout", nn.Dropout2d: "feature_dropout",
+    nn.ReLU: "relu", nn.ReLU6: "hardtanh", nn.GELU: "gelu", nn.SiLU: "silu", nn.Hardswish: "hardswish",
+    nn.Hardsigmoid: "hardsigmoid", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.LeakyReLU: "leaky_relu", nn.ELU: "elu",
+    nn.Softmax: "softmax", nn.AdaptiveAvgPool2d: "adaptive_avg_pool2d", nn.AvgPool2d: "avg_pool2d",
+    nn.MaxPool2d: "max_pool2d", nn.Flatten: "flatten",
+}  # fmt: skip
+
+
+def _functional_layer(node: fx.Node, module: fx.GraphModule, parts: dict[str, Any]) -> tuple[str, Any] | None:
+    """A layer for an operator that was called as a function, where passes want one: ReLUs and matrix products."""
+    name = getattr(node.target, "_opname", "")
+    make: Callable[[], nn.Module] | None = None
+    if name == "relu":
+        make = nn.ReLU
+    elif name == "relu6" or (name in ("hardtanh", "clamp") and tuple(node.args[1:3]) == (0, 6) and len(node.args) == 3):
+        make = nn.ReLU6
+    elif name == "linear" and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
+        return _linear(node, module, parts)
+    if make is None:
+        return None
+    path = f"{FUNCTIONAL}.{node.name}"
+    parts[path] = make()
+    return path, node.args[0]
+
+
+def _linear(node: fx.Node, module: fx.GraphModule, parts: dict[str, Any]) -> tuple[str, Any] | None:
+    """A Linear layer for a product with a parameter, as nn.MultiheadAttention has them."""
+    given: Any = node.args
+    target = str(given[1].target)
+    weight = _attribute(module, target)
+    bias_node = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    bias = None
+    if isinstance(bias_node, fx.Node):
+        if bias_node.op != "get_attr":
+            return None
+        bias = _attribute(module, str(bias_node.target))
+    if not isinstance(weight, nn.Parameter):
+        return None
+    path = re.sub(r"[._]weight$", "", target)
+    layer = parts.get(path)
+    if not isinstance(layer, nn.Linear):
+        with torch.random.fork_rng(devices=[]):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+        layer.weight = weight
+        if bias is not None:
+            layer.bias = bias
+        parts[path] = layer
+    return path, node.args[0]
+
+
+def _free_batch(graph: fx.Graph) -> None:
+    """Sizes that are the batch: in a reshape -1, elsewhere read off the tensor.
+
+    Methods and not operators: what an operator is given as a size is a number to the exporter, of one batch only.
+    """
+    for node in graph.nodes:
+        if is_reshape(node):
+            sizes = list(node.args[1])
+            if sum(isinstance(size, fx.Node) for size in sizes) == 1 and -1 not in sizes:
+                node.args = (node.args[0], [-1 if isinstance(size, fx.Node) else size for size in sizes])
+    graph.eliminate_dead_code()
+    for node in list(graph.nodes):
+        if node.op != "call_function" or getattr(node.target, "_opname", "") != "sym_size":
+            continue
+        for user in list(node.users):
+            if getattr(user.target, "_opname", "") == "expand":
+                user.op, user.target, user.args = "call_method", "expand", (user.args[0], *user.args[1])
+        if not node.users:
+            graph.erase_node(node)
+            continue
+        with graph.inserting_before(node):
+            new = graph.call_method("size", (node.args[0], node.args[1]))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def is_reshape(node: fx.Node) -> bool:
+    """Whether a node gives its input another shape, named in full."""
+    return node.op == "call_function" and getattr(node.target, "_opname", "") in RESHAPES
+
+
+RESHAPES = ("reshape", "view", "_unsafe_view")
