@@ -13,8 +13,9 @@ from torch import nn
 
 from nas.compression import ChannelPrune, Quantize, apply_passes, passes, restore, rewrite_onnx
 from nas.compression.base import named_module
+from nas.compression.fake_quant import ActivationQuantizer, QuantConv2d, QuantLinear, Setting
 from nas.compression.fold import consumers, fold_batchnorm
-from nas.compression.quantize import ActivationQuantizer, QuantConv2d, QuantLinear, quantized_nodes
+from nas.compression.qdq import quantized_nodes
 from nas.errors import CompressionError
 from nas.latency.runtimes import OnnxRuntime
 from nas.student.export import deployable, export_float, to_onnx
@@ -89,7 +90,14 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         dict.fromkeys(EVERYTHING[1:4], 8),
         {"head": 8},
         {"first.0": 8, "head": 8},
+        *(dict.fromkeys(EVERYTHING, b) for b in range(2, 8)),
+        {name: {"weights": 4, "symmetric": False} for name in EVERYTHING},
+        {name: {"weights": 3, "activations": None} for name in EVERYTHING},
+        {name: {"weights": 8, "activations": None, "symmetric": False} for name in EVERYTHING},
+        {name: {"weights": 4, "activations": 4} for name in EVERYTHING},
+        {"first.0": 8, "expand.0": 2, "depthwise.0": {"activations": 5}, "head": {"weights": 4, "activations": None}},
     ],
+    "cluster": [dict.fromkeys(EVERYTHING, 16), {"expand.0": 2, "head": 256}],
 }
 
 
@@ -338,7 +346,7 @@ def test_a_folded_bias_goes_on_learning() -> None:
 
 def test_simulation_rounds_to_the_grid() -> None:
     conv = nn.Conv2d(3, 4, 1)
-    layer = QuantConv2d(conv, 8, quantize_output=False).eval()
+    layer = QuantConv2d(conv, Setting(), quantize_output=False).eval()
     layer.input_quantizer.high.fill_(2.55)  # a step of 0.01
     x = torch.tensor([0.014, 0.026, 9.0]).view(1, 3, 1, 1)
     rounded = torch.tensor([0.01, 0.03, 2.55]).view(1, 3, 1, 1)
@@ -367,7 +375,7 @@ def test_training_and_evaluation_simulate_alike(low: float) -> None:
 
 def test_gradients_pass_straight_through() -> None:
     conv = nn.Conv2d(2, 2, 1, bias=False)
-    layer = QuantConv2d(conv, 8, quantize_output=False).train()
+    layer = QuantConv2d(conv, Setting(), quantize_output=False).train()
     x = torch.rand(4, 2, 3, 3, requires_grad=True)
     layer(x).sum().backward()
     assert layer.weight.grad is not None
@@ -469,7 +477,7 @@ def test_what_only_passes_a_result_on_takes_its_precision() -> None:
     ("settings", "message"),
     [
         ({"expand.1": 8}, r"'expand\.1' is a BatchNorm2d[^$]*Conv2d"),
-        ({"expand.0": 4}, r"4 bits for 'expand\.0'[^$]*Expected: 8"),
+        ({"expand.0": 9}, r"9 bits for 'expand\.0'[^$]*2\.\.8"),
         ({"expand.9": 8}, r"no module 'expand\.9'"),
     ],
 )

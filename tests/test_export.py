@@ -14,7 +14,7 @@ from helpers import IMAGES, TinyModel
 from torch import nn
 
 from nas.compression import apply_passes
-from nas.compression.quantize import ActivationQuantizer, QuantConv2d
+from nas.compression.fake_quant import ActivationQuantizer, QuantConv2d
 from nas.latency.runtimes import OnnxRuntime
 from nas.student.export import INPUT, OUTPUT, deployable, export_float, onnx_macs_params, to_onnx
 

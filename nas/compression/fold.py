@@ -36,7 +36,7 @@ def fold_batchnorm(model: nn.Module, names: Collection[str] | None = None) -> nn
 def consumers(model: nn.Module) -> dict[str, list[str]]:
     """Leaf module name → names of the modules (or function names) that read its output."""
     try:
-        graph = fx.symbolic_trace(model).graph
+        graph = _Tracer().trace(model)
     except Exception as error:
         raise CompressionError(
             f"The model cannot be traced: {error}.", expected="a forward without data-dependent control flow"
@@ -49,6 +49,13 @@ def consumers(model: nn.Module) -> dict[str, list[str]]:
                 str(user.target) if user.op == "call_module" else f"<{user.name}>" for user in node.users
             )
     return found
+
+
+class _Tracer(fx.Tracer):
+    """Keeps layers whole that an earlier pass put in place of torch's own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d | nn.Linear) or super().is_leaf_module(m, module_qualified_name)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import warnings
 from typing import Any
 
@@ -11,15 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from torch import fx, nn
 
 from nas.compression import restore, rewrite_onnx
 from nas.compression.base import Plan
+from nas.compression.fake_quant import REMARKS
 from nas.compression.fold import fold_batchnorm
 from nas.parts import OPSET, resize_scales
 
 INPUT, OUTPUT = "input", "logits"
+WEIGHTED = ("Conv", "Gemm", "MatMul", "MatMulInteger", "LayerNormalization", "Add")
 
 
 def deployable(model: nn.Module, plan: Plan) -> nn.Module:
@@ -39,7 +42,40 @@ def to_onnx(
         calibration: raw training inputs for activation ranges.
     """
     exported = export_float(deployable(model, plan), sample[:1])
-    return rewrite_onnx(exported, plan, calibration)
+    return compact(rewrite_onnx(exported, plan, calibration))
+
+
+def compact(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Leave out of the file what a runtime does not need: shapes in between, zero points of zero, long names.
+
+    In a small model these weigh more than its weights. Weights, biases and the nodes that read them keep their names.
+    """
+    graph = model.graph
+    zeros = {
+        t.name for t in graph.initializer
+        if t.data_type in (TensorProto.INT8, TensorProto.INT32) and not numpy_helper.to_array(t).any()
+    }  # fmt: skip
+    convolved = {name for node in graph.node if node.op_type == "Conv" for name in node.input}
+    for node in graph.node:
+        # A missing one means zero. Products of matrices are fused only where it is there.
+        if node.op_type == "DequantizeLinear" and node.output[0] in convolved and zeros.issuperset(node.input[2:]):
+            del node.input[2:]
+    read = {name for node in graph.node for name in node.input}
+    tensors = [t for t in graph.initializer if t.name in read]
+    del graph.initializer[:], graph.value_info[:]
+    graph.initializer.extend(tensors)
+    ends = {value.name for value in (*graph.input, *graph.output)}
+    made = {t.name for t in graph.initializer}.union(*(node.output for node in graph.node))
+    kept = ends | {name for name in made if name.rpartition(".")[2].removesuffix("_quantized") in ("weight", "bias")}
+    names = {"": ""} | {name: name for name in sorted(kept)}
+    for tensor in graph.initializer:
+        tensor.name = names.setdefault(tensor.name, f"c{len(names)}")
+    for node in graph.node:
+        if node.op_type not in WEIGHTED:
+            node.name = ""
+        for slots in (node.input, node.output):
+            slots[:] = [names.setdefault(name, f"t{len(names)}") for name in slots]
+    return model
 
 
 def export_float(model: nn.Module, sample: torch.Tensor) -> onnx.ModelProto:
@@ -61,6 +97,7 @@ def export_fixed(model: nn.Module, samples: tuple[torch.Tensor, ...]) -> onnx.Mo
         )  # fmt: skip
     exported = onnx.load_from_string(buffer.getvalue())
     _name_linear_weights(exported, model)
+    _pass_on_remarks(exported, model)
     _drop_dead_nodes(exported)
     _unshare_initializers(exported)
     return exported
@@ -71,6 +108,13 @@ def _reads_batch(model: nn.Module) -> bool:
     return isinstance(model, fx.GraphModule) and any(
         node.op == "call_method" and node.target == "size" for node in model.graph.nodes
     )
+
+
+def _pass_on_remarks(exported: onnx.ModelProto, model: nn.Module) -> None:
+    """What restored layers remember of their training and the graph cannot say, for the rewrite to take out again."""
+    remarks = {name: vars(layer)[REMARKS] for name, layer in model.named_modules() if vars(layer).get(REMARKS)}
+    if remarks:
+        onnx.helper.set_model_props(exported, {REMARKS: json.dumps(remarks)})
 
 
 def _name_linear_weights(exported: onnx.ModelProto, model: nn.Module) -> None:
@@ -157,20 +201,22 @@ def onnx_macs_params(model: onnx.ModelProto) -> tuple[int, int]:
         value.type.tensor_type.shape.dim[0].dim_value = 1
     shapes = _shapes(single)
     sizes = {t.name: tuple(t.dims) for t in model.graph.initializer}
-    for node in model.graph.node:
-        # What is computed from stored values alone is a weight: decoded, dequantised, or merged by an Identity.
-        if node.op_type != "Constant" and all(name in sizes or not name for name in node.input):
+    constants = {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}
+    decoding = set()
+    for i, node in enumerate(model.graph.node):
+        # Weights may be scaled, merged or stored in few bits: what is computed from constants alone is one.
+        if any(name in sizes for name in node.input) and constants.union(sizes, [""]).issuperset(node.input):
+            decoding.add(i)
             sizes |= {name: tuple(shapes[name]) for name in node.output if name in shapes}
     macs = params = 0
-    for node in model.graph.node:
-        weighty = node.op_type in ("Conv", "Gemm", "MatMul", "LayerNormalization", "Add")
-        if not weighty or node.output[0] in sizes:
+    for i, node in enumerate(model.graph.node):
+        if i in decoding or node.op_type not in WEIGHTED:
             continue
         params += sum(int(np.prod(sizes[name])) for name in node.input if name in sizes)
         if node.op_type == "Conv":
             # The weight is repeated at every position.
             macs += int(np.prod(sizes[node.input[1]])) * int(np.prod(shapes[node.output[0]][2:]))
-        elif node.op_type in ("Gemm", "MatMul"):
+        elif node.op_type in ("Gemm", "MatMul", "MatMulInteger"):
             factor = sizes.get(node.input[1]) or shapes[node.input[1]]
             transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
             macs += int(np.prod(shapes[node.output[0]])) * factor[-1 if transposed else -2]
