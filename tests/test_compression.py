@@ -82,6 +82,7 @@ def images(n: int = 32, seed: int = 0) -> torch.Tensor:
 EVERYTHING = ["first.0", "expand.0", "depthwise.0", "project.0", "head"]
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "channel_prune": [{"expand.0": 8}, {"first.0": 4, "expand.0": 3}, {"expand.0": 16}],
+    "low_rank": [{"expand.0": 4}, {"first.0": 4, "project.0": 8, "head": 5}],
     "quantize": [
         dict.fromkeys(EVERYTHING, 8),
         dict.fromkeys(EVERYTHING[1:4], 8),
