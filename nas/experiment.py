@@ -87,13 +87,25 @@ class TableSection(Section):
     learn: bool = False
 
 
+class FurtherTeacher(Section):
+    """A module of your own that teaches beside the first; ``influence`` is relative to the first teacher's 1."""
+
+    model: str
+    weights: str
+    influence: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
 class TeacherSection(Section):
-    """Trained from the space's ladder, or your own module (``model: my_pkg.models:build``) and its weights."""
+    """Trained from the space's ladder, or your own module (``model: my_pkg.models:build``) and its weights.
+
+    ``also`` are further teachers. Budgets in percent refer to the first one.
+    """
 
     epochs: int = Field(14, ge=1)
     tolerance: float = Field(0.005, ge=0, lt=1)
     model: str | None = None
     weights: str | None = None
+    also: tuple[FurtherTeacher, ...] = ()
 
     @model_validator(mode="after")
     def _both(self) -> TeacherSection:

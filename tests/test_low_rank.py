@@ -179,7 +179,8 @@ def test_the_error_falls_as_the_rank_grows(pair: bool) -> None:
         assert errors == sorted(errors, reverse=True)
         assert errors[-1] < 0.1 * errors[0]
         if not pair:
-            first, last = LowRank({"wide.0": 8}).apply(copy.deepcopy(model), images()).get_submodule("wide.0").children()
+            split = LowRank({"wide.0": 8}).apply(copy.deepcopy(model), images())
+            first, last = split.get_submodule("wide.0").children()
             product = (last.weight.flatten(1) @ first.weight.flatten(1)).view_as(weight)
             rest = torch.linalg.svdvals(weight.flatten(1))[8:].square().sum()
             torch.testing.assert_close((product - weight).square().sum(), rest, rtol=1e-3, atol=1e-5)
