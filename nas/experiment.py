@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -438,7 +438,8 @@ def explain(
     if first["type"] == "extra_forbidden":
         place: Any = model
         for part in first["loc"][:-1]:
-            place = place.model_fields[part].annotation
+            # A number is a place in a list, of which all entries are alike.
+            place = get_args(place)[0] if isinstance(part, int) else place.model_fields[part].annotation
         return ExperimentError(f"Unknown key {key!r} in {origin}.", expected=f"one of {', '.join(place.model_fields)}")
     if first["type"] == "missing":
         return ExperimentError(f"Key {key!r} is missing in {origin}.", remedy=f"see {schema}")

@@ -346,7 +346,7 @@ class Job:
         return reward
 
     def check_keys(self) -> None:
-        """Construct reward, strategy and further teachers: what is wrong is said now, not after a teacher's training."""
+        """Construct reward, strategy and further teachers: what is wrong is said before a teacher is trained."""
         whole = dict.fromkeys(COSTS, 1.0)
         self.reward(self.limits(whole), whole)
         _ = self._minimised, self.further

@@ -219,12 +219,12 @@ def _sequence(call: _Call, n: int) -> list[_Call]:
 
 
 def _token_blocks(root: _Call, n: int, repeated: Container[str]) -> list[str]:
-    """The blocks on tokens that the outermost module runs which runs several of one kind; none where none does."""
+    """The blocks on tokens, of kinds that occur more than once, in the outermost module that runs such; or none."""
     for call in root.everything():
         blocks = [c for c in call.inner if c.inner and c.name not in repeated and _form(c.output, n) == ()]
-        kinds = [block.kind for block in blocks]
-        if len(set(kinds)) < len(kinds):
-            return [block.name for block in blocks]
+        kinds = Counter(block.kind for block in blocks)
+        if found := [block.name for block in blocks if kinds[block.kind] > 1]:
+            return found
     return []
 
 
