@@ -426,6 +426,11 @@ def test_features_are_the_same_kept_or_computed_anew(
     for name in found:
         torch.testing.assert_close(found[name], kept[name])
         torch.testing.assert_close(found[name], maps(teacher, lessons.x[1, rows], [name])[name])
+    guide, other = Guide(teacher), lessons.x.flip(1)
+    monkeypatch.undo()
+    assert torch.equal(guide.features(lessons.x, 1, rows)["first.2"], kept["first.2"])
+    wanted = maps(teacher, other[1, rows], ["first.2"])
+    torch.testing.assert_close(guide.features(other, 1, rows)["first.2"], wanted["first.2"])
 
 
 # ---- what can be wrong -------------------------------------------------------------------------------

@@ -304,6 +304,26 @@ def test_what_cannot_be_split(settings: dict[str, Any], message: str) -> None:
         LowRank(settings).apply(net(), images())
 
 
+class Encoder(nn.Module):
+    """Torch's own encoder layer, which reads the weights of its linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.head = nn.Linear(16, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(self.embed(x.flatten(1, 2))).mean(dim=1))
+
+
+def test_layers_whose_weights_the_model_reads() -> None:
+    model = Encoder().eval()
+    assert list(LowRank.settings_for(model, images(), ratio=0.5, round_to=1)) == ["embed", "head"]
+    with pytest.raises(CompressionError, match=r"own code reads[^$]*weight[^$]*leave that layer out"):
+        LowRank({"layer.linear1": 4}).apply(model, images())
+
+
 def test_a_layer_whose_bits_are_simulated_already() -> None:
     model = Quantize({"point": 8}).apply(net(), images())
     with pytest.raises(CompressionError, match=r"'point' is a QuantConv2d"):

@@ -43,6 +43,13 @@ class LowRank(Pass):
             pieces = nn.Sequential(*_pieces(layer, ranks)).to(layer.weight).train(layer.training)
             pieces.requires_grad_(layer.weight.requires_grad)
             replace_module(model, name, pieces)
+        try:
+            _run(model, sample)
+        except AttributeError as error:
+            raise CompressionError(
+                f"low_rank: the model's own code reads what a split layer no longer has: {error}.",
+                expected="layers that are only called", remedy="leave that layer out",
+            ) from error  # fmt: skip
         return model
 
     @classmethod
@@ -230,9 +237,12 @@ def _rank(layer: Layer, mode: int, full: int, ratio: float | None, energy: float
 
 
 def _chosen(model: nn.Module, layers: Sequence[str], skip: Sequence[str]) -> dict[str, Layer]:
+    modules = dict(model.named_modules())
     every = {
-        name: layer for name, layer in model.named_modules()
+        name: layer for name, layer in modules.items()
         if name and isinstance(layer, nn.Conv2d | nn.Linear) and _splittable(layer)
+        # Torch's own encoder hands the weights of its layers to one fused kernel.
+        and not isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer)
     }  # fmt: skip
     for pattern in (*layers, *skip):
         if not any(fnmatchcase(name, pattern) for name in every):
@@ -251,24 +261,35 @@ def _sides(model: nn.Module, sample: torch.Tensor) -> dict[str, tuple[int, int]]
 
     def watch(name: str) -> Any:
         def note(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            linear = isinstance(layer, nn.Linear)
-            before, after = (math.prod(t.shape[1:-1] if linear else t.shape[2:]) for t in (inputs[0], output))
-            found[name] = (before, after)
+            cin, cout = inputs[0].shape[-1], output.shape[-1]
+            if isinstance(layer, nn.Linear):
+                found[name] = (inputs[0].numel() // cin, output.numel() // cout)
+            else:
+                found[name] = (math.prod(inputs[0].shape[2:]), math.prod(output.shape[2:]))
 
         return note
 
     handles = [
         layer.register_forward_hook(watch(name)) for name, layer in model.named_modules() if _splittable(layer)
     ]
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(sample[:1])
+        _run(model, sample)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return found
+
+
+def _run(model: nn.Module, sample: torch.Tensor) -> None:
+    """One forward of one sample in evaluation mode; every module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(sample[:1])
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _check_options(ratio: Any, energy: Any, method: Any, round_to: Any, options: dict[str, Any]) -> None:

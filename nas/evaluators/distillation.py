@@ -98,6 +98,9 @@ class Guide:
             x: all views, ``[views, n, *input_shape]``.
         """
         points = self.points(x[0, :2])
+        if self._cache.get("x") is not x:  # other data than last time
+            self._cache.clear()
+            self._cache.update(points=points, x=x)
         if "kept" not in self._cache:
             sizes = [t[0].numel() * t.element_size() for t in maps(self.module, x[0, :2], points).values()]
             self._cache["kept"] = sum(sizes) * x.shape[0] * x.shape[1] <= CACHE_BYTES
