@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -96,13 +96,25 @@ class TableSection(Section):
     learn: bool = False
 
 
+class FurtherTeacher(Section):
+    """A module of your own that teaches beside the first; ``influence`` is relative to the first teacher's 1."""
+
+    model: str
+    weights: str
+    influence: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
 class TeacherSection(Section):
-    """Trained from the space's ladder, or your own module (``model: my_pkg.models:build``) and its weights."""
+    """Trained from the space's ladder, or your own module (``model: my_pkg.models:build``) and its weights.
+
+    ``also`` are further teachers. Budgets in percent refer to the first one.
+    """
 
     epochs: int = Field(14, ge=1)
     tolerance: float = Field(0.005, ge=0, lt=1)
     model: str | None = None
     weights: str | None = None
+    also: tuple[FurtherTeacher, ...] = ()
 
     @model_validator(mode="after")
     def _both(self) -> TeacherSection:
@@ -446,7 +458,8 @@ def explain(
     if first["type"] == "extra_forbidden":
         place: Any = model
         for part in first["loc"][:-1]:
-            place = place.model_fields[part].annotation
+            # A number is a place in a list, of which all entries are alike.
+            place = get_args(place)[0] if isinstance(part, int) else place.model_fields[part].annotation
         return ExperimentError(f"Unknown key {key!r} in {origin}.", expected=f"one of {', '.join(place.model_fields)}")
     if first["type"] == "missing":
         return ExperimentError(f"Key {key!r} is missing in {origin}.", remedy=f"see {schema}")

@@ -28,6 +28,7 @@ from nas.controller import Counts
 from nas.earlier import earlier_trials
 from nas.errors import BudgetError, ExperimentError, StudyError, TableError
 from nas.evaluators import Distil
+from nas.evaluators.distillation import Guide
 from nas.evaluators.train import Lessons, Recipe
 from nas.executors import Executor, Processes, Serial, cores
 from nas.experiment import Experiment, LookupExperiment, begun
@@ -55,7 +56,7 @@ from nas.space import SearchSpace
 from nas.strategies import Domain, Objective, Strategy, strategies
 from nas.student.finalists import Entrant, Finalist, Session, measure_models
 from nas.student.tables import build_table, cached_path, find_table, partial_of
-from nas.student.teacher import Teacher, family_teacher, own_teacher
+from nas.student.teacher import Teacher, family_teacher, further_teacher, own_teacher
 from nas.study import Trial
 from nas.tasks import Task, tasks
 
@@ -277,8 +278,19 @@ class Job:
         )
         return teacher
 
+    @cached_property
+    def further(self) -> list[Guide]:
+        """The teachers beside the first, as candidates learn from them."""
+        found = []
+        for section in self.experiment.teacher.also:
+            guide, quality = further_teacher(section.model, section.weights, section.influence, self.task)
+            self.progress.note(f"further teacher {section.model}: {self.task.metric} {quality:.4f} (validation)")
+            found.append(guide)
+        return found
+
     def _teacher_cache(self) -> Path:
         plain = self.experiment.plain()
+        del plain["teacher"]["also"]  # they have no part in the training of the first
         facts = {key: plain[key] for key in ("seed", "task", "space", "teacher")}
         facts["training"] = {key: plain["training"][key] for key in ("batch_size", "lr", "weight_decay", "views")}
         facts["data"] = self.task.fingerprint
@@ -334,10 +346,10 @@ class Job:
         return reward
 
     def check_keys(self) -> None:
-        """Construct reward and strategy: a wrong key is said now, and not after the teacher's training."""
+        """Construct reward, strategy and further teachers: what is wrong is said before a teacher is trained."""
         whole = dict.fromkeys(COSTS, 1.0)
         self.reward(self.limits(whole), whole)
-        _ = self._minimised
+        _ = self._minimised, self.further
 
     @property
     def costs(self) -> tuple[str, ...]:
@@ -474,7 +486,7 @@ def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress
         masks = job.masks(estimator, screen, reward)
         if masks.forms:
             job.progress.note(note(masks))
-        lessons = Lessons.prepare(job.task, teacher.module, experiment.training.views, experiment.seed)
+        lessons = Lessons.prepare(job.task, [teacher.guide, *job.further], experiment.training.views, experiment.seed)
         student = Distil(job.space, job.task, lessons, job.recipe, experiment.seed)
         with job.executor(student) as workers:
             arms = ["search", *(["random"] if "random" in experiment.baselines else [])]

@@ -65,6 +65,7 @@ class MobileNet(SearchSpace):
         bits: weight and activation bits on offer per stage: 32 (fp32) or 8 (int8).
         prune: shares of hidden channels removed after training, rounded to multiples of 8.
         kd_weights, temperatures: distillation settings on offer.
+        feature_weights, attention_weights: of what is learnt beside the teacher's logits; 0 alone is no choice.
     """
 
     name = "mobilenet"
@@ -84,6 +85,8 @@ class MobileNet(SearchSpace):
         prune: Sequence[float] = (0.0, 0.5),
         kd_weights: Sequence[float] = (0.0, 0.5, 0.9),
         temperatures: Sequence[float] = (2.0, 4.0),
+        feature_weights: Sequence[float] = (0.0,),
+        attention_weights: Sequence[float] = (0.0,),
     ) -> None:
         self.task = task
         self.stem_width, self.stem_stride = stem
@@ -100,7 +103,9 @@ class MobileNet(SearchSpace):
                 Choice(f"stage{s}.prune", prune, plain=0.0 if 0.0 in prune else None, technique="pruning"),
                 Choice(f"stage{s}.bits", bits, plain=32 if 32 in bits else None, technique="quantization"),
             ]
-        choices += members.distillation_choices(kd_weights, temperatures)
+        choices += members.distillation_choices(
+            kd_weights, temperatures, feature_weights=feature_weights, attention_weights=attention_weights
+        )
         # A choice of one value is no choice, but spaces with fixed genes keep one shape of genome.
         self.choices = tuple(choices)
         sites: dict[str, Site] = {"input": self._input, "stem": self._stem, "head": self._head, "output": self._output}
@@ -116,7 +121,7 @@ class MobileNet(SearchSpace):
             **{f"stage{s}.bits": partial(self._quantized, stage=s) for s in self.stages},
             "stem.bits": partial(self._quantized_as, stage=0, layer="stem.conv"),
             "head.bits": partial(self._quantized_as, stage=last, layer="head"),
-            "distillation": self._distilled,
+            "distillation": partial(members.distilled, offered=[choice.name for choice in choices]),
         }
 
     # ---- shapes that sites and build share ----------------------------------------------------
@@ -240,10 +245,6 @@ class MobileNet(SearchSpace):
     def _quantized_as(self, c: Candidate, stage: int, layer: str) -> Training | None:
         """A layer outside the stages, at the precision of the stage beside it."""
         return Training(compression={"quantize": {layer: 8}}) if self._precision(c, stage) == "int8" else None
-
-    def _distilled(self, c: Candidate) -> Training:
-        kd_weight = float(c["kd_weight"])
-        return Training(kd_weight, float(c["temperature"]) if kd_weight > 0 else 1.0)
 
     # ---- reference members ------------------------------------------------------------------------
 

@@ -114,6 +114,7 @@ class ViT(SearchSpace):
         bits: weight and activation bits of the linear layers, on offer per group: 32 (fp32) or 8 (int8).
         prune: shares of hidden units removed after training, rounded to multiples of 8.
         kd_weights, temperatures: distillation settings on offer.
+        feature_weights, attention_weights: of what is learnt beside the teacher's logits; 0 alone is no choice.
     """
 
     name = "vit"
@@ -133,6 +134,8 @@ class ViT(SearchSpace):
         prune: Sequence[float] = (0.0, 0.5),
         kd_weights: Sequence[float] = (0.0, 0.5, 0.9),
         temperatures: Sequence[float] = (2.0, 4.0),
+        feature_weights: Sequence[float] = (0.0,),
+        attention_weights: Sequence[float] = (0.0,),
     ) -> None:
         self.task, self.head_dim = task, head_dim
         self.groups = range(len(depths))
@@ -147,7 +150,10 @@ class ViT(SearchSpace):
                 Choice(f"group{g}.prune", prune, plain=plain_prune, technique="pruning"),
                 Choice(f"group{g}.bits", bits, plain=plain_bits, technique="quantization"),
             ]
-        self.choices = (*choices, *members.distillation_choices(kd_weights, temperatures))
+        choices += members.distillation_choices(
+            kd_weights, temperatures, feature_weights=feature_weights, attention_weights=attention_weights
+        )
+        self.choices = tuple(choices)
         sites: dict[str, Site] = {"input": self._input, "patch": self._patch, "head": self._head}
         for g in self.groups:
             sites[f"group{g}.attention"] = partial(self._attention, group=g)
@@ -157,7 +163,7 @@ class ViT(SearchSpace):
         self.treatments = {
             **{f"group{g}.prune": partial(self._pruned, group=g) for g in self.groups},
             **{f"group{g}.bits": partial(self._quantized, group=g) for g in self.groups},
-            "distillation": self._distilled,
+            "distillation": partial(members.distilled, offered=[choice.name for choice in choices]),
         }
 
     # ---- shapes that sites and build share ----------------------------------------------------
@@ -235,10 +241,6 @@ class ViT(SearchSpace):
             layers |= {f"{attention}.{name}": 8 for name in ("query", "key", "value", "out")}
             layers |= {f"{mlp}.{name}": 8 for name in ("up", "down")}
         return Training(compression={"quantize": layers})
-
-    def _distilled(self, c: Candidate) -> Training:
-        kd_weight = float(c["kd_weight"])
-        return Training(kd_weight, float(c["temperature"]) if kd_weight > 0 else 1.0)
 
     # ---- reference members ------------------------------------------------------------------------
 

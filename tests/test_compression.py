@@ -85,6 +85,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "channel_prune": [{"expand.0": 8}, {"first.0": 4, "expand.0": 3}, {"expand.0": 16}],
     "layer_drop": [{"expand.2": True}, {"first.2": True, "depthwise.2": True}],
     "weight_prune": [dict.fromkeys(EVERYTHING, 0.8), {"expand.0": 0.5, "head": {"threshold": 0.1}}],
+    "low_rank": [{"expand.0": 4}, {"first.0": 4, "project.0": 8, "head": 5}],
     "quantize": [
         dict.fromkeys(EVERYTHING, 8),
         dict.fromkeys(EVERYTHING[1:4], 8),

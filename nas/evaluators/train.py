@@ -15,6 +15,7 @@ from torch import nn
 
 from nas.compression import apply_passes, penalties
 from nas.errors import TrainingError
+from nas.evaluators.distillation import Guide, Hints, guides_of, mixed_logits
 from nas.space import Training
 from nas.tasks import Task
 
@@ -48,23 +49,37 @@ class Lessons:
     Attributes:
         x: ``[views, n, *input_shape]``; view 0 is not augmented.
         y: ``[n]``.
-        teacher: teacher logits ``[views, n, classes]``, or nothing for training without a teacher.
+        teacher: teacher logits ``[views, n, classes]``, of several teachers ``[teachers, views, n, classes]``, or
+            nothing for training without a teacher.
+        guides: the teachers themselves, for what is learnt beside their logits; their weights are those of the logits.
+            Where there are none, several teachers count alike.
     """
 
     x: torch.Tensor
     y: torch.Tensor
     teacher: torch.Tensor | None
+    guides: tuple[Guide, ...] = ()
 
     @classmethod
-    def prepare(cls, task: Task, teacher: nn.Module | None, views: int, seed: int) -> Lessons:
-        """Augment the training split ``views - 1`` times and ask the teacher once about every view."""
+    def prepare(
+        cls, task: Task, teacher: nn.Module | Guide | Sequence[nn.Module | Guide] | None, views: int, seed: int
+    ) -> Lessons:
+        """Augment the training split ``views - 1`` times and ask each teacher once about every view."""
         x, y = task.split("train")
         generator = torch.Generator().manual_seed(seed)
         stack = torch.stack([x, *(task.augment(x, generator) for _ in range(views - 1))])
-        if teacher is None:
+        guides = guides_of(teacher)
+        if not guides:
             return cls(stack, y, None)
-        logits = torch.stack([torch.from_numpy(predict(teacher, view)) for view in stack])
-        return cls(stack, y, logits)
+        logits = [torch.stack([torch.from_numpy(predict(guide.module, view)) for view in stack]) for guide in guides]
+        return cls(stack, y, torch.stack(logits) if len(logits) > 1 else logits[0], guides)
+
+    def soft_targets(self, view: int, rows: torch.Tensor, temperature: float) -> torch.Tensor | None:
+        """Logits ``[len(rows), classes]`` whose softmax at ``temperature`` is the teachers' (mean) word on samples."""
+        if self.teacher is None or self.teacher.dim() == 3:
+            return None if self.teacher is None else self.teacher[view, rows]
+        weights = [guide.weight for guide in self.guides] or [1.0] * len(self.teacher)
+        return mixed_logits(self.teacher[:, view, rows], [w / sum(weights) for w in weights], temperature)
 
 
 def predict(model: nn.Module, x: torch.Tensor, batch: int = 512) -> npt.NDArray[np.float32]:
@@ -92,20 +107,25 @@ def train(
     Raises:
         TrainingError: the loss is not finite, or the time is up.
         CompressionError: a pass cannot do what the candidate asks.
+        ExperimentError: a weight of the distillation is out of range, or pairs of layers name one that is not there.
     """
     deadline = time.monotonic() + recipe.seconds
     generator = torch.Generator().manual_seed(seed)
     compressed = recipe.compressed_epochs if training.compression else 0
     plain = recipe.epochs - compressed
     eased = penalties(model, training.compression)
+    # Whoever trains without a teacher is not asked for its features either.
+    weights = (training.feature_weight, training.attention_weight) if lessons.teacher is not None else (0.0, 0.0)
+    hints = Hints(lessons.guides, lessons.x, *weights, seed)
     # Depthwise convolutions train about twice as fast on a CPU with channels last.
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    _fit(model, task, lessons, training, recipe, recipe.lr, range(plain), generator, deadline, share, eased)
+    _fit(model, task, lessons, training, recipe, recipe.lr, range(plain), generator, deadline, share, hints, eased)
     if training.compression:
         labels = lessons.y[:SAMPLE]
         model = apply_passes(model, training.compression, lessons.x[0, :SAMPLE], lambda out: task.loss(out, labels))
         epochs = range(plain, recipe.epochs)
-        _fit(model, task, lessons, training, recipe, recipe.lr * FINE_TUNE_LR, epochs, generator, deadline, share)
+        lr = recipe.lr * FINE_TUNE_LR
+        _fit(model, task, lessons, training, recipe, lr, epochs, generator, deadline, share, hints)
     return model.eval()
 
 
@@ -120,30 +140,40 @@ def _fit(
     generator: torch.Generator,
     deadline: float,
     share: float,
+    hints: Hints,
     eased: Sequence[Callable[[], torch.Tensor | None]] = (),
 ) -> None:
     n, batch = len(lessons.y), min(recipe.batch_size, len(lessons.y))
     steps = max(1, round(share * len(epochs) * (n // batch)))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _one_cycle(step / steps))
-    model.train()
-    for epoch, view, rows in islice(_batches(epochs, len(lessons.x), n, batch, generator), steps):
-        logits = model(lessons.x[view, rows])
-        if lessons.teacher is not None and training.kd_weight > 0:
-            loss = task.distillation_loss(
-                logits, lessons.teacher[view, rows], lessons.y[rows], training.kd_weight, training.temperature
-            )
-        else:
-            loss = task.loss(logits, lessons.y[rows])
-        loss = sum((extra for penalty in eased if (extra := penalty()) is not None), start=loss)
-        if not torch.isfinite(loss):
-            raise TrainingError(f"The loss became {loss.item()} in epoch {epoch + 1}.", remedy="a lower training.lr")
-        if time.monotonic() > deadline:
-            raise TrainingError(f"Out of time in epoch {epoch + 1} after {recipe.seconds:g} s.")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        schedule.step()
+    with hints.on(model) as watch:
+        parameters = [*model.parameters(), *hints.parameters()]
+        optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=recipe.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _one_cycle(step / steps))
+        model.train()
+        for epoch, view, rows in islice(_batches(epochs, len(lessons.x), n, batch, generator), steps):
+            logits = model(lessons.x[view, rows])
+            loss = _taught(task, lessons, training, logits, view, rows)
+            extras = (watch.loss(view, rows), *(penalty() for penalty in eased))
+            loss = sum((extra for extra in extras if extra is not None), start=loss)
+            if not torch.isfinite(loss):
+                found = f"The loss became {loss.item()} in epoch {epoch + 1}."
+                raise TrainingError(found, remedy="a lower training.lr")
+            if time.monotonic() > deadline:
+                raise TrainingError(f"Out of time in epoch {epoch + 1} after {recipe.seconds:g} s.")
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+
+
+def _taught(
+    task: Task, lessons: Lessons, training: Training, logits: torch.Tensor, view: int, rows: torch.Tensor
+) -> torch.Tensor:
+    """The task's loss, or the distillation's where there is a teacher whose word has a weight."""
+    soft = lessons.soft_targets(view, rows, training.temperature) if training.kd_weight else None
+    if soft is None:
+        return task.loss(logits, lessons.y[rows])
+    return task.distillation_loss(logits, soft, lessons.y[rows], training.kd_weight, training.temperature)
 
 
 def _batches(

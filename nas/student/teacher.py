@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 from nas.compression.fold import fold_batchnorm
 from nas.errors import ContentError, DataError
 from nas.evaluators import Distil
+from nas.evaluators.distillation import Guide
 from nas.evaluators.train import Recipe, predict
 from nas.executors import Executor
 from nas.files import write_atomic, write_json
@@ -36,6 +39,7 @@ class Teacher:
         genome: its row in the space, or nothing for the user's own.
         quality: on validation data.
         ladder: what was tried: quality of each member, smallest first.
+        build: makes the module without its weights, in any process.
     """
 
     module: nn.Module
@@ -43,6 +47,12 @@ class Teacher:
     genome: Genomes | None
     quality: float
     ladder: list[float]
+    build: Callable[[], nn.Module] | None = None
+
+    @property
+    def guide(self) -> Guide:
+        """The teacher as candidates learn from it, in worker processes too."""
+        return Guide(self.module, build=self.build)
 
 
 def family_teacher(
@@ -76,7 +86,8 @@ def family_teacher(
     module = space.build(member)
     module.load_state_dict(load_file(folder / "teacher.safetensors"))
     path = _export(module.eval(), task, folder)
-    return Teacher(module, path, space.encode(member), known["qualities"][known["rung"]], known["qualities"])
+    quality, build = known["qualities"][known["rung"]], partial(space.build, member)
+    return Teacher(module, path, space.encode(member), quality, known["qualities"], build)
 
 
 def train_member(student: Distil, item: tuple[Genomes, Recipe, Path]) -> float:
@@ -109,13 +120,35 @@ def own_module(model: str, weights: str) -> nn.Module:
     Raises:
         ContentError: module or weights cannot be loaded.
     """
+    module, quality = _own(model, weights, task)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "teacher.onnx").unlink(missing_ok=True)  # the weights may have changed since it was written
+    return Teacher(module, _export(module, task, folder), None, quality, [quality], partial(_built, model))
+
+
+def further_teacher(model: str, weights: str, influence: float, task: Task) -> tuple[Guide, float]:
+    """A module of the user's that teaches beside the first teacher, by its influence, and its validation quality.
+
+    Raises:
+        ContentError, DataError: as for :func:`own_teacher`.
+    """
+    module, quality = _own(model, weights, task)
+    return Guide(module, influence, build=partial(_built, model)), quality
+
+
+def _built(model: str) -> nn.Module:
     module = import_object(model, "teacher")()
     if not isinstance(module, nn.Module):
         raise ContentError(f"{model} returned {type(module).__name__}.", expected="a torch.nn.Module")
-    path = Path(weights)
+    return module
+
+
+def _own(model: str, weights: str, task: Task) -> tuple[nn.Module, float]:
+    """The user's module in evaluation mode and its quality on validation data."""
+    module, path = _built(model), Path(weights)
     if not path.is_file():
         raise ContentError(
-            f"There are no weights at {path}.", expected="a .safetensors file", remedy="check teacher.weights"
+            f"There are no weights at {path}.", expected="a .safetensors file", remedy="check the teacher's weights"
         )
     try:
         module.load_state_dict(load_file(path))
@@ -137,14 +170,13 @@ def own_teacher(model: str, weights: str, task: Task, folder: Path) -> Teacher:
         logits = predict(module, x)
     except Exception as error:
         raise DataError(
-            f"The teacher fails on inputs {tuple(x.shape)}: {error}.", expected="raw task inputs"
+            f"The teacher {model} fails on inputs {tuple(x.shape)}: {error}.", expected="raw task inputs"
         ) from error
     if logits.shape != (len(x), task.info.classes):
-        raise DataError(f"The teacher's output has shape {logits.shape}.", expected=f"{(len(x), task.info.classes)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "teacher.onnx").unlink(missing_ok=True)  # the weights may have changed since it was written
-    quality = task.evaluate(logits, y.numpy())[task.metric]
-    return Teacher(module.eval(), _export(module, task, folder), None, quality, [quality])
+        raise DataError(
+            f"The output of the teacher {model} has shape {logits.shape}.", expected=f"{(len(x), task.info.classes)}"
+        )
+    return module.eval(), task.evaluate(logits, y.numpy())[task.metric]
 
 
 def _export(module: nn.Module, task: Task, folder: Path) -> Path:
