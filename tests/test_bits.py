@@ -604,3 +604,16 @@ def test_simulating_layers_keep_their_kind(trained: nn.Module, digits: Digits) -
     model = apply_passes(copy.deepcopy(trained), {"quantize": dict.fromkeys(LAYERS, 3)}, digits[0][:8])
     assert isinstance(model.get_submodule("head"), QuantLinear)
     assert all(isinstance(model.get_submodule(name), QuantConv2d) for name in CONVS)
+
+
+def test_bits_for_weights_that_an_earlier_rewrite_has_packed(trained: nn.Module, digits: Digits) -> None:
+    """Whatever form a rewrite finds the weight in, it gets the weight."""
+    x = digits[0]
+    plain = Cluster({"inner.0": 16}).restore(Cluster({"inner.0": 16}).apply(copy.deepcopy(trained), x[:64]).eval())
+    exported = export_float(fold_batchnorm(plain), x[:1])
+    packed = Cluster({"inner.0": 16}).rewrite(exported, x.numpy())
+    assert packed.ByteSize() < exported.ByteSize() - 3 * SIZES["inner.0"]
+    np.testing.assert_allclose(run(packed, x[:64]), run(exported, x[:64]), atol=1e-4)
+    once, twice = (Quantize({"inner.0": 4}).rewrite(model, x[:256].numpy()) for model in (exported, packed))
+    np.testing.assert_array_equal(run(once, x[:64]), run(twice, x[:64]))
+    assert abs(once.ByteSize() - twice.ByteSize()) < 100

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from helpers import IMAGES, TinyModel
 from torch import nn
 
-from nas.compression import apply_passes
+from nas.compression import apply_passes, rewrite_onnx
 from nas.compression.fake_quant import ActivationQuantizer, QuantConv2d
 from nas.latency.runtimes import OnnxRuntime
-from nas.student.export import INPUT, OUTPUT, deployable, export_float, onnx_macs_params, to_onnx
+from nas.student.export import INPUT, OUTPUT, compact, deployable, export_float, onnx_macs_params, to_onnx
 
 PLAN = {"channel_prune": {"stem.conv": 8}, "quantize": {"stem.conv": 8, "body.conv": 8, "head": 8}}
 
@@ -169,3 +169,19 @@ def test_the_original_goes_on_training(compressed: nn.Module) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     model(images()).sum().backward()
     assert model.get_submodule("stem.conv").weight.grad is not None
+
+
+def test_what_only_costs_bytes_is_left_out(compressed: nn.Module) -> None:
+    """Weights and the nodes that read them keep their names; the rest is numbered, and the file computes the same."""
+    whole = rewrite_onnx(export_float(deployable(compressed, PLAN), images(1)), PLAN, images().numpy())
+    wanted = run(whole, images(5))
+    size = whole.ByteSize()
+    small = compact(whole)
+    onnx.checker.check_model(small, full_check=True)
+    np.testing.assert_array_equal(run(small, images(5)), wanted)
+    assert small.ByteSize() < 0.7 * size
+    names = {tensor.name for tensor in small.graph.initializer}
+    assert {"stem.conv.weight_quantized", "body.conv.bias_quantized", "head.weight_quantized"} <= names
+    assert {"/stem/conv/Conv", "/head/Conv"} <= {node.name for node in small.graph.node}
+    assert not small.graph.value_info
+    assert not small.metadata_props

@@ -29,14 +29,18 @@ Ranges = Mapping[str, Mapping[str, tuple[float, float]]]  # layer → "input" or
 
 def take_ranges(model: onnx.ModelProto) -> Ranges:
     """The activation ranges that the exported layers were trained with, which the model carries no further."""
-    found: Ranges = {}
-    for entry in model.metadata_props:
-        if entry.key == REMARKS:
-            found = json.loads(entry.value)
-    kept = [entry for entry in model.metadata_props if entry.key != REMARKS]
-    del model.metadata_props[:]
-    model.metadata_props.extend(kept)
+    found: Ranges = json.loads(_take_property(model, REMARKS) or "{}")
     return found
+
+
+def _take_property(model: onnx.ModelProto, key: str) -> str:
+    """Remove a property of the model and return its value, "" where there is none."""
+    found = next((entry for entry in model.metadata_props if entry.key == key), None)
+    if found is None:
+        return ""
+    value = str(found.value)
+    model.metadata_props.remove(found)
+    return value
 
 
 def layer_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -310,7 +314,9 @@ def quantize_static(
             )  # fmt: skip
         finally:
             root.setLevel(level)
-        return onnx.load(target)
+        quantized = onnx.load(target)
+    _take_property(quantized, "onnx.infer")  # says that shapes are inferred, which what follows does not keep up
+    return quantized
 
 
 # ---- dynamic -----------------------------------------------------------------------------------------
