@@ -225,7 +225,10 @@ def test_what_is_asked_of_a_model_recovers_and_exports(technique: str, kind: str
     assert len(exported.SerializeToString()) < len(dense(trained(kind), {}).SerializeToString())
 
 
-@pytest.mark.parametrize(("technique", "kind", "options"), OPTIONS)
+@pytest.mark.parametrize(
+    ("technique", "kind", "options"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if case[1] == "mobilenet" else []) for case in OPTIONS],
+)
 def test_a_saved_state_fits_the_skeleton(technique: str, kind: str, options: dict[str, Any]) -> None:
     """Settings alone decide the structure: an untrained model takes the compressed state, whatever chose it."""
     plan = {technique: passes.get(technique).settings_for(trained(kind), sample(), loss_of(), **options)}
@@ -397,6 +400,7 @@ def test_the_share_of_macs_is_met_and_not_missed_by_much(kind: str, share: float
     assert 0.85 * share < smaller / whole <= share
 
 
+@pytest.mark.slow
 def test_what_rounding_takes_too_much_is_given_back() -> None:
     """In multiples of 8 no one ratio meets the share; groups differ, and none could keep 8 channels more."""
 
