@@ -1,8 +1,9 @@
-"""The command line: search, sweep, profile, tables, front, report, list. The only place that prints and exits."""
+"""The command line: search, sweep, compress, export, profile, tables, … The only place that prints and exits."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nas import __version__, commands_tables
+from nas import __version__, commands_compress, commands_tables
 from nas.errors import ExperimentError, NasError
 
 console = Console(highlight=False)
@@ -130,6 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     profile.set_defaults(function=_profile)
 
     commands_tables.add_parser(commands, common).set_defaults(function=_tables)
+
+    for command in commands_compress.add_parsers(commands, common):
+        command.set_defaults(function=_long)
 
     front = commands.add_parser(
         "front", parents=[common], help="a run's Pareto front and best candidate under any reward; trains nothing"
@@ -263,6 +267,16 @@ def _subject(options: argparse.Namespace) -> Any:
 
 def _tables(options: argparse.Namespace) -> int:
     answer: commands_tables.Answer = options.answer(options)
+    for line in answer.lines:
+        console.print(line, markup=False, emoji=False, soft_wrap=True)
+    return answer.code
+
+
+def _long(options: argparse.Namespace) -> int:
+    """A command that takes its time: a bar while it works, its answer in the end."""
+    bar = Bar()
+    with contextlib.nullcontext() if getattr(options, "list", False) else bar.progress:
+        answer: commands_tables.Answer = options.answer(options, bar)
     for line in answer.lines:
         console.print(line, markup=False, emoji=False, soft_wrap=True)
     return answer.code

@@ -258,24 +258,27 @@ class Job:
     def teacher(self, executor: Executor) -> Teacher:
         """The teacher, from the machine's cache where it was trained before."""
         self.progress.stage("teacher")
-        section = self.experiment.teacher
-        if section.model is not None and section.weights is not None:
-            teacher = own_teacher(section.model, section.weights, self.task, self.run / "teacher")
-        else:
-            recipe = Recipe(
-                section.epochs, 0, self.recipe.batch_size, self.recipe.lr, self.recipe.weight_decay, math.inf
-            )
-            folder = self._teacher_cache()
-            with cache_lock(folder):
-                teacher = family_teacher(
-                    self.space, self.task, self.untaught, recipe, section.tolerance, folder, executor
-                )
+        teacher = self.trained_teacher(executor, self.run / "teacher")
         write_atomic(self.run / "teacher.onnx", teacher.onnx.read_bytes())
         self.progress.note(
             f"teacher {self.task.metric} {teacher.quality:.4f} (validation), ladder "
             + ", ".join(f"{q:.4f}" for q in teacher.ladder)
         )
         return teacher
+
+    def trained_teacher(self, executor: Executor, own: Path) -> Teacher:
+        """The teacher alone; the run folder stays as it is.
+
+        Args:
+            own: folder that the user's own teacher is exported to.
+        """
+        section = self.experiment.teacher
+        if section.model is not None and section.weights is not None:
+            return own_teacher(section.model, section.weights, self.task, own)
+        recipe = Recipe(section.epochs, 0, self.recipe.batch_size, self.recipe.lr, self.recipe.weight_decay, math.inf)
+        folder = self._teacher_cache()
+        with cache_lock(folder):
+            return family_teacher(self.space, self.task, self.untaught, recipe, section.tolerance, folder, executor)
 
     def _teacher_cache(self) -> Path:
         plain = self.experiment.plain()

@@ -75,11 +75,11 @@ def table(record: Mapping[str, Any]) -> list[list[str]]:
 def sentences(record: Mapping[str, Any]) -> list[str]:
     """What else there is to say about it."""
     first, last, test = record["rows"][0], record["rows"][-1], record["test"]
+    speed, size = first["p50_ms"] / last["p50_ms"], first["size_bytes"] / last["size_bytes"]
     return [
         f"test {test['metric']} (n = {test['n']}): original {test['teacher']:.4f}, student {test['student_onnx']:.4f} "
         f"in onnxruntime, {test['student_torch']:.4f} in torch",
-        f"{first['p50_ms'] / last['p50_ms']:.2f} × the original's speed, {first['size_bytes'] / last['size_bytes']:.2f} × smaller, "
-        f"on {record['device']['device']}",
+        f"{speed:.2f} × the original's speed and 1/{size:.2f} of its bytes, on {record['device']['device']}",
         f"torch and onnxruntime agree on {100 * last['agreement']:.1f} % of the validation data, their logits within "
         f"{last['max_abs_diff']:.2g}",
     ]
