@@ -333,7 +333,7 @@ def _print_result(run: Path) -> None:
 def _kinds() -> tuple[str, ...]:
     return (
         "spaces", "experiments", "sweeps", "tables", "tasks", "strategies", "rewards", "passes", "evaluators",
-        "runtimes", "runs",
+        "runtimes", "formats", "runs",
     )  # fmt: skip
 
 
@@ -370,11 +370,12 @@ def _registries() -> dict[str, list[str]]:
     from nas.latency.runtimes import runtimes
     from nas.reward import rewards
     from nas.strategies import strategies
+    from nas.student.formats import formats
     from nas.tasks import tasks
 
     found: dict[str, Iterable[str]] = {
         "tasks": tasks, "strategies": strategies, "rewards": rewards, "passes": passes, "evaluators": evaluators,
-        "runtimes": runtimes,
+        "runtimes": runtimes, "formats": formats,
     }  # fmt: skip
     return {kind: list(registry) for kind, registry in found.items()}
 

@@ -80,22 +80,23 @@ def export(
         formats.get(kind)()  # what is missing is said before anything trains
     if out.exists() and any(out.iterdir()):
         raise StudentError(f"{out} exists already.", remedy="another folder with --out")
-    source = _student_folder(run)
+    source, name = _student_folder(run), _full_name(candidate)
     making = out.with_name(f".{out.name}.export")
     shutil.rmtree(making, ignore_errors=True)
-    name = _full_name(candidate)
-    if name == STUDENT:
-        shutil.copytree(source, making)
-    else:
-        with run_lock(run):
-            _pack(run, name, source, making, progress)
-    progress.stage("formats")
-    x = _inputs(run, making)
-    found = {kind: add_format(kind, making, x) for kind in kinds}
-    if out.exists():
-        out.rmdir()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    making.rename(out)
+    try:
+        if name == STUDENT:
+            shutil.copytree(source, making)
+        else:
+            with run_lock(run):
+                _pack(run, name, source, making, progress)
+        progress.stage("formats")
+        x = _inputs(run, making)
+        found = {kind: add_format(kind, making, x) for kind in kinds}
+        if out.exists():
+            out.rmdir()  # an empty one
+        making.rename(out)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
     return Exported(out, name, json.loads((out / "manifest.json").read_text()), found)
 
 

@@ -332,8 +332,10 @@ def written_keys(function: str, module: str = "result.py", owner: str = "") -> s
 
 
 @pytest.mark.parametrize(
-    "function", ["_manifest", "candidate_facts", "_other_runtimes", "_summary", "_rows", "_trial", "_finalist", "_elsewhere", "_hypervolume"]
-)
+    "function",
+    ["_manifest", "candidate_facts", "_other_runtimes", "_summary", "_rows", "_trial", "_finalist", "_elsewhere",
+     "_hypervolume"],
+)  # fmt: skip
 def test_every_written_field_is_documented(function: str) -> None:
     quoted = re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "run-folder.md").read_text())
     named = {part for text in quoted for part in re.split(r"[.\[\]]+", text)}

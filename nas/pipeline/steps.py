@@ -166,7 +166,16 @@ def _checked(step: Step) -> Step:
         raise ExperimentError(
             f"{step.name} has no option {unknown[0]!r}.", expected=f"some of {', '.join(known) or 'none'}"
         )
-    return Step(step.name, check(kind.settings_for, step.options, FILLED, where=step.name))
+    try:
+        return Step(step.name, check(kind.settings_for, step.options, FILLED, where=step.name))
+    except ExperimentError:
+        # Names of layers may be numbers, as those of a Sequential are: layers=[0, 3].
+        named = {
+            key: [str(v) for v in value] if isinstance(value, list) else value for key, value in step.options.items()
+        }
+        if named == step.options:
+            raise
+        return Step(step.name, check(kind.settings_for, named, FILLED, where=step.name))
 
 
 def options_of(kind: type[Pass]) -> dict[str, inspect.Parameter]:
