@@ -21,7 +21,7 @@ from nas.pipeline import Pipeline, Step, Tuning, steps_of
 from nas.pipeline import execute as run_pipeline
 from nas.progress import Progress, Silent
 from nas.settings import construct
-from nas.student.teacher import own_module, with_weights
+from nas.student.own import built, with_weights
 from nas.tasks import Task, tasks
 
 
@@ -159,7 +159,7 @@ def compress(
         name = model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # what has no weights is the same after a resume
-            model = own_module(model, None)
+            model = built(model)
     else:
         name = type(model).__name__
     if weights is not None:

@@ -16,8 +16,7 @@ import torch
 
 from nas.arms import recorded_in
 from nas.errors import StudentError, StudyError
-from nas.evaluators import Distil
-from nas.evaluators.train import Lessons, predict
+from nas.evaluators.train import predict
 from nas.experiment import Experiment, load_any
 from nas.fronts import run_front
 from nas.job import Job, teacher_costs
@@ -204,9 +203,7 @@ def _realised(job: Job, entrant: Entrant) -> dict[str, Any]:
             job.progress.stage("teacher")
             teacher = job.trained_teacher(workers, Path(own))
         job.progress.stage(f"training {entrant.name}")
-        lessons = Lessons.prepare(job.task, teacher.module, job.experiment.training.views, job.experiment.seed)
-        student = Distil(job.space, job.task, lessons, job.recipe, job.experiment.seed)
-        with job.executor(student) as workers:
+        with job.executor(job.student(teacher)) as workers:
             train_finalists([entrant], job.long_recipe, folder, workers)
     facts: dict[str, Any] = json.loads((folder / entrant.name / "facts.json").read_text())
     if "reason" in facts:

@@ -152,6 +152,11 @@ class Job:
         lessons = Lessons.prepare(self.task, None, self.experiment.training.views, self.experiment.seed)
         return Distil(self.space, self.task, lessons, self.recipe, self.experiment.seed)
 
+    def student(self, teacher: Teacher) -> Distil:
+        """Trains candidates that learn from the teacher."""
+        lessons = Lessons.prepare(self.task, teacher.module, self.experiment.training.views, self.experiment.seed)
+        return Distil(self.space, self.task, lessons, self.recipe, self.experiment.seed)
+
     @cached_property
     def earlier(self) -> list[Trial]:
         """What the runs in ``search.earlier`` found."""
@@ -255,17 +260,6 @@ class Job:
         own = {cost: max(e, worst.get(cost, e), key=lambda e: e.mape) for cost, e in table.errors.items()}
         return {**own, **elsewhere}
 
-    def teacher(self, executor: Executor) -> Teacher:
-        """The teacher, from the machine's cache where it was trained before."""
-        self.progress.stage("teacher")
-        teacher = self.trained_teacher(executor, self.run / "teacher")
-        write_atomic(self.run / "teacher.onnx", teacher.onnx.read_bytes())
-        self.progress.note(
-            f"teacher {self.task.metric} {teacher.quality:.4f} (validation), ladder "
-            + ", ".join(f"{q:.4f}" for q in teacher.ladder)
-        )
-        return teacher
-
     def trained_teacher(self, executor: Executor, own: Path) -> Teacher:
         """The teacher alone; the run folder stays as it is.
 
@@ -279,6 +273,17 @@ class Job:
         folder = self._teacher_cache()
         with cache_lock(folder):
             return family_teacher(self.space, self.task, self.untaught, recipe, section.tolerance, folder, executor)
+
+    def teacher(self, executor: Executor) -> Teacher:
+        """The teacher, from the machine's cache where it was trained before."""
+        self.progress.stage("teacher")
+        teacher = self.trained_teacher(executor, self.run / "teacher")
+        write_atomic(self.run / "teacher.onnx", teacher.onnx.read_bytes())
+        self.progress.note(
+            f"teacher {self.task.metric} {teacher.quality:.4f} (validation), ladder "
+            + ", ".join(f"{q:.4f}" for q in teacher.ladder)
+        )
+        return teacher
 
     def _teacher_cache(self) -> Path:
         plain = self.experiment.plain()
@@ -477,8 +482,7 @@ def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress
         masks = job.masks(estimator, screen, reward)
         if masks.forms:
             job.progress.note(note(masks))
-        lessons = Lessons.prepare(job.task, teacher.module, experiment.training.views, experiment.seed)
-        student = Distil(job.space, job.task, lessons, job.recipe, experiment.seed)
+        student = job.student(teacher)
         with job.executor(student) as workers:
             arms = ["search", *(["random"] if "random" in experiment.baselines else [])]
             found = {arm: search_arm(job, arm, workers, estimator, screen, reward, masks) for arm in arms}

@@ -35,8 +35,9 @@ from nas.progress import Progress, Silent
 from nas.space import Training
 from nas.student.export import deployable, export_float, onnx_macs_params
 from nas.student.finalists import Session, measure_models
+from nas.student.own import valid_quality
 from nas.student.package import SELFTEST_SAMPLES, Deliverable, model_facts, pack, write_samples
-from nas.student.teacher import onnx_logits, valid_quality
+from nas.student.teacher import onnx_logits
 from nas.tasks import Task
 
 CALIBRATION = 512  # training samples for activation ranges
