@@ -44,10 +44,11 @@ def save_program(model: nn.Module, sample: torch.Tensor, path: Path) -> None:
         sample: raw inputs ``[n, *input_shape]``, n ≥ 2.
     """
     batch = torch.export.Dim("batch", min=1, max=65536)
+    sample = sample[:2].clone()  # a view would take all of its data along into the file
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own notes on its serialiser, nothing a user could act on
-        program = torch.export.export(model, (sample[:2],), dynamic_shapes=({0: batch},))
+        program = torch.export.export(model, (sample,), dynamic_shapes=({0: batch},))
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # paths of the machine where it was made
         torch.export.save(program, buffer)
