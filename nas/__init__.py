@@ -10,16 +10,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["NasError", "Student", "__version__", "derive", "load_student", "search"]
+__all__ = ["NasError", "Student", "__version__", "compress", "derive", "load_student", "search"]
 
 if TYPE_CHECKING:
-    from nas.api import Student, derive, load_student, search
+    from nas.api import Student, compress, derive, load_student, search
     from nas.errors import NasError
 
 
 def __getattr__(name: str) -> Any:
     # Lazily, so that `import nas` is instant and every floor may read the version.
-    if name in ("Student", "derive", "load_student", "search"):
+    if name in ("Student", "compress", "derive", "load_student", "search"):
         from nas import api
 
         return getattr(api, name)

@@ -1,25 +1,31 @@
-"""The Python face: ``nas.search``, ``nas.derive`` and ``nas.load_student``."""
+"""The Python face: ``nas.search``, ``nas.derive``, ``nas.compress`` and ``nas.load_student``."""
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from nas.errors import ExperimentError, StudentError
 from nas.experiment import LookupExperiment, load_any
 from nas.job import execute
-from nas.progress import Progress
+from nas.latency import Device
+from nas.pipeline import Pipeline, Step, Tuning, steps_of
+from nas.pipeline import execute as run_pipeline
+from nas.progress import Progress, Silent
+from nas.settings import check, construct
 from nas.space import TaskInfo
+from nas.student.own import built, with_weights
+from nas.tasks import Task, tasks
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
     from nas.derived import DerivedSpace
 
 
@@ -56,8 +62,6 @@ class Student:
         Raises:
             StudentError: the shape is not the student's.
         """
-        import torch
-
         from nas.student.teacher import onnx_logits
 
         array = np.ascontiguousarray(x, dtype=np.float32)
@@ -66,11 +70,17 @@ class Student:
             raise StudentError(f"Input of shape {array.shape}.", expected=f"(n, {', '.join(map(str, shape))})")
         return onnx_logits(self.folder / "model.onnx", torch.from_numpy(array))
 
-    def torch_program(self) -> Any:
-        """``model.pt2`` as a torch module: raw inputs → logits, integer arithmetic simulated."""
-        import torch
+    def torch_program(self) -> torch.nn.Module:
+        """``model.pt2`` as a torch module: raw inputs → logits, integer arithmetic simulated.
 
-        return torch.export.load(self.folder / "model.pt2").module()
+        Nothing is unpickled, and nothing but torch's own operators is called, whatever the file says.
+
+        Raises:
+            StudentError: the file is missing, damaged, or holds more than a plain program.
+        """
+        from nas.student.program import load_program, program_module
+
+        return program_module(load_program(self.folder / "model.pt2"))
 
 
 def search(
@@ -105,7 +115,7 @@ def search(
     return load_student(execute(checked, run, resume=resume, progress=progress))
 
 
-def derive(model: nn.Module, example_input: torch.Tensor, **options: Any) -> DerivedSpace:
+def derive(model: torch.nn.Module, example_input: torch.Tensor, **options: Any) -> DerivedSpace:
     """A search space of a trained model: what of it may be pruned, split, quantised or left out.
 
     Args:
@@ -117,10 +127,7 @@ def derive(model: nn.Module, example_input: torch.Tensor, **options: Any) -> Der
         CompressionError: the forward cannot be followed.
         SpaceError: an option is out of range, or nothing can be chosen.
     """
-    import torch
-
     from nas.derived import DerivedSpace
-    from nas.settings import check
 
     with torch.no_grad():
         classes = int(model.eval()(example_input[:1]).shape[-1])
@@ -130,6 +137,67 @@ def derive(model: nn.Module, example_input: torch.Tensor, **options: Any) -> Der
         dtype="int64" if integers else "float32",
     )  # fmt: skip
     return DerivedSpace(info, **check(DerivedSpace, {"model": model, **options}, 1, where="space"))
+
+
+def compress(
+    model: torch.nn.Module | str,
+    data: Task | str | Path,
+    steps: Iterable[str | tuple[str, Mapping[str, Any]] | Step] = (),
+    *,
+    weights: str | Path | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    task: Mapping[str, Any] | None = None,
+    tuning: Tuning | None = None,
+    seed: int = 0,
+    threads: int = 1,
+    seconds: float = 5.0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Student:
+    """Compress your own trained model step by step, fine-tuned by distillation from itself between the steps.
+
+    Args:
+        model: a module in plain torch, raw inputs ``[n, *input_shape]`` → logits ``[n, classes]``; it stays as it is.
+            Or ``module:build``, a function of no arguments that makes it.
+        data: a task, or what its ``data`` would be in an experiment: ``digits``, a file, a folder, ``module:name``.
+        steps: passes in their order, as ``"low_rank:energy=0.9"`` or ``("low_rank", {"energy": 0.9})``.
+        weights: a safetensors file of the model's state.
+        settings: pass → layer → setting, of passes that are asked for without options; without ``steps``, all of them.
+        task: ``kind`` and further keys of the task, where ``data`` is not one.
+        tuning: how long and how the model is trained between the steps and after them.
+        seed: of the task's splits and of all trainings.
+        threads: of a measured inference.
+        seconds: of the measurement of all stages.
+        out: folder; ``runs/compressed`` by default. ``record.json`` in it says what each step did.
+        resume: go on with what is there.
+        progress: hears stages and notes; silent by default.
+
+    Raises:
+        NasError: whatever a user can mend, with the remedy.
+    """
+    checked = steps_of(steps, settings)
+    section = {"kind": "classification", **(task or {})}
+    if not isinstance(data, Task):
+        kind = section.pop("kind")
+        told, data = str(data), construct(tasks.get(kind), {"seed": seed, **section}, str(data), where="task")
+    else:
+        told = "given"
+    if isinstance(model, str):
+        name = model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # what has no weights is the same after a resume
+            model = built(model)
+    else:
+        name = type(model).__name__
+    if weights is not None:
+        model = with_weights(copy.deepcopy(model), weights, name)
+    pipeline = Pipeline(
+        model=model, name=name, task=data, data=told, steps=checked, tuning=tuning or Tuning(),
+        folder=Path(out) if out is not None else Path("runs") / "compressed", device=Device.local(threads=threads),
+        seed=seed, seconds=seconds, progress=progress or Silent(),
+    )  # fmt: skip
+    return load_student(run_pipeline(pipeline, resume=resume))
 
 
 def load_student(folder: str | Path) -> Student:

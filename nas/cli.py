@@ -1,8 +1,9 @@
-"""The command line: search, sweep, profile, tables, front, report, list. The only place that prints and exits."""
+"""The command line: search, sweep, compress, export, profile, tables, … The only place that prints and exits."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nas import __version__, commands_tables
+from nas import __version__, commands_compress, commands_tables
 from nas.errors import ExperimentError, NasError
 
 console = Console(highlight=False)
@@ -130,6 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     profile.set_defaults(function=_profile)
 
     commands_tables.add_parser(commands, common).set_defaults(function=_tables)
+
+    for command in commands_compress.add_parsers(commands, common):
+        command.set_defaults(function=_long)
 
     front = commands.add_parser(
         "front", parents=[common], help="a run's Pareto front and best candidate under any reward; trains nothing"
@@ -268,6 +272,16 @@ def _tables(options: argparse.Namespace) -> int:
     return answer.code
 
 
+def _long(options: argparse.Namespace) -> int:
+    """A command that takes its time: a bar while it works, its answer in the end."""
+    bar = Bar()
+    with contextlib.nullcontext() if getattr(options, "list", False) else bar.progress:
+        answer: commands_tables.Answer = options.answer(options, bar)
+    for line in answer.lines:
+        console.print(line, markup=False, emoji=False, soft_wrap=True)
+    return answer.code
+
+
 def _front(options: argparse.Namespace) -> int:
     import json
 
@@ -319,7 +333,7 @@ def _print_result(run: Path) -> None:
 def _kinds() -> tuple[str, ...]:
     return (
         "spaces", "experiments", "sweeps", "tables", "tasks", "strategies", "rewards", "passes", "evaluators",
-        "runtimes", "runs",
+        "runtimes", "formats", "runs",
     )  # fmt: skip
 
 
@@ -356,11 +370,12 @@ def _registries() -> dict[str, list[str]]:
     from nas.latency.runtimes import runtimes
     from nas.reward import rewards
     from nas.strategies import strategies
+    from nas.student.formats import formats
     from nas.tasks import tasks
 
     found: dict[str, Iterable[str]] = {
         "tasks": tasks, "strategies": strategies, "rewards": rewards, "passes": passes, "evaluators": evaluators,
-        "runtimes": runtimes,
+        "runtimes": runtimes, "formats": formats,
     }  # fmt: skip
     return {kind: list(registry) for kind, registry in found.items()}
 

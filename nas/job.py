@@ -153,6 +153,12 @@ class Job:
         lessons = Lessons.prepare(self.task, None, self.experiment.training.views, self.experiment.seed)
         return Distil(self.space, self.task, lessons, self.recipe, self.experiment.seed)
 
+    def student(self, teacher: Teacher) -> Distil:
+        """Trains candidates that learn from the teacher."""
+        e = self.experiment
+        lessons = Lessons.prepare(self.task, [teacher.guide, *self.further], e.training.views, e.seed)
+        return Distil(self.space, self.task, lessons, self.recipe, e.seed)
+
     @cached_property
     def earlier(self) -> list[Trial]:
         """What the runs in ``search.earlier`` found."""
@@ -256,21 +262,24 @@ class Job:
         own = {cost: max(e, worst.get(cost, e), key=lambda e: e.mape) for cost, e in table.errors.items()}
         return {**own, **elsewhere}
 
+    def trained_teacher(self, executor: Executor, own: Path) -> Teacher:
+        """The teacher alone; the run folder stays as it is.
+
+        Args:
+            own: folder that the user's own teacher is exported to.
+        """
+        section = self.experiment.teacher
+        if section.model is not None and section.weights is not None:
+            return own_teacher(section.model, section.weights, self.task, own)
+        recipe = Recipe(section.epochs, 0, self.recipe.batch_size, self.recipe.lr, self.recipe.weight_decay, math.inf)
+        folder = self._teacher_cache()
+        with cache_lock(folder):
+            return family_teacher(self.space, self.task, self.untaught, recipe, section.tolerance, folder, executor)
+
     def teacher(self, executor: Executor) -> Teacher:
         """The teacher, from the machine's cache where it was trained before."""
         self.progress.stage("teacher")
-        section = self.experiment.teacher
-        if section.model is not None and section.weights is not None:
-            teacher = own_teacher(section.model, section.weights, self.task, self.run / "teacher")
-        else:
-            recipe = Recipe(
-                section.epochs, 0, self.recipe.batch_size, self.recipe.lr, self.recipe.weight_decay, math.inf
-            )
-            folder = self._teacher_cache()
-            with cache_lock(folder):
-                teacher = family_teacher(
-                    self.space, self.task, self.untaught, recipe, section.tolerance, folder, executor
-                )
+        teacher = self.trained_teacher(executor, self.run / "teacher")
         write_atomic(self.run / "teacher.onnx", teacher.onnx.read_bytes())
         self.progress.note(
             f"teacher {self.task.metric} {teacher.quality:.4f} (validation), ladder "
@@ -486,8 +495,7 @@ def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress
         masks = job.masks(estimator, screen, reward)
         if masks.forms:
             job.progress.note(note(masks))
-        lessons = Lessons.prepare(job.task, [teacher.guide, *job.further], experiment.training.views, experiment.seed)
-        student = Distil(job.space, job.task, lessons, job.recipe, experiment.seed)
+        student = job.student(teacher)
         with job.executor(student) as workers:
             arms = ["search", *(["random"] if "random" in experiment.baselines else [])]
             found = {arm: search_arm(job, arm, workers, estimator, screen, reward, masks) for arm in arms}

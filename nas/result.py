@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import io
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -16,16 +15,16 @@ import torch
 from nas.controller import comparable
 from nas.evaluators import Distil
 from nas.evaluators.train import predict
-from nas.files import write_atomic, write_json
+from nas.files import write_json
 from nas.latency import LatencyTable, elsewhere, on_device
 from nas.latency.energy import source
 from nas.latency.fit import spearman
 from nas.parts import Part
 from nas.reward import Limit, Reward, hypervolume, reference_point
 from nas.space import SearchSpace
-from nas.student.export import INPUT, onnx_macs_params
-from nas.student.finalists import Finalist
-from nas.student.package import load_model, operators, pack, versions
+from nas.student.export import onnx_macs_params
+from nas.student.finalists import Finalist, Session
+from nas.student.package import load_model, model_facts, pack_finalist, write_samples
 from nas.student.teacher import Teacher, onnx_logits
 from nas.study import Trial, trainings
 from nas.tasks import Task
@@ -50,23 +49,17 @@ def deliver(
 
     job.progress.stage("student")
     x, y = job.task.split("test")
-    _write_test(job.run / "test.npz", x, y)
+    write_samples(job.run / "test.npz", x, y)
     quality = _test_qualities(job, outcome, x, y.numpy())
     model = load_model(student, outcome.winner)
     quality["student_torch"] = _quality(job.task, predict(model, x), y.numpy())
     rows = _rows(job, teacher, outcome, quality)
     manifest = _manifest(job, teacher, table, outcome, quality, rows, len(y))
     folder = job.run / "student"
-    pack(folder, student, outcome.winner, manifest)
+    pack_finalist(folder, student, outcome.winner, manifest)
     write_json(job.run / "summary.json", _summary(job, table, limits, reward, outcome, rows))
     write_report(job.run)
     return folder
-
-
-def _write_test(path: Path, x: torch.Tensor, y: torch.Tensor) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, x=x.numpy(), y=y.numpy())
-    write_atomic(path, buffer.getvalue())
 
 
 def _quality(task: Task, logits: Any, y: Any) -> float:
@@ -143,8 +136,6 @@ def _manifest(
     rows: list[dict[str, Any]],
     n: int,
 ) -> dict[str, Any]:
-    winner, info = outcome.winner, job.task.info
-    ran_on = job.alternatives.get(winner.runtime, job.device)
     by_name = {row["name"]: row for row in rows}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -153,29 +144,12 @@ def _manifest(
             "kind": job.experiment.task.kind, "data": job.experiment.task.data, "fingerprint": job.task.fingerprint,
             "classes": list(job.task.classes),
         },
-        "candidate": job.space.decode(winner.entrant.genome).as_dict(),
         "seed": job.experiment.seed,
         "quality": {
             "metric": job.task.metric, "teacher": quality["teacher"], "student_torch": quality["student_torch"],
             "student_onnx": quality["search"], "split": "test", "n": n,
         },
-        "latency": [
-            {
-                "device": ran_on.name, "fingerprint": ran_on.fingerprint, "runtime": ran_on.runtime,
-                "predicted_ms": winner.entrant.costs["latency_ms"], "p50_ms": winner.timing.p50,
-                "p95_ms": winner.timing.p95, "noise": winner.timing.noise,
-                "teacher_p50_ms": outcome.session.timings["teacher"].p50, "threads": job.device.threads,
-                "batch": job.device.batch, "measured": True,
-            },
-            *_other_runtimes(job, outcome),
-            *_elsewhere(job, winner),
-        ],
-        "size_bytes": {"onnx": winner.size_bytes, "teacher_onnx": by_name["teacher"]["size_bytes"]},
-        "macs": winner.macs,
-        "params": winner.params,
-        "peak_activation_bytes": max(p.peak_bytes(job.device.batch) for p in _parts(job, winner)),
-        "energy": _energy(outcome),
-        "parity": {"max_abs_diff": winner.max_abs_diff, "agreement": winner.agreement},
+        **candidate_facts(job, outcome.winner, outcome.session),
         "search": {
             "strategy": job.experiment.strategy.kind, "evaluated": len(outcome.trials["search"]),
             "trainings": trainings(outcome.trials["search"]),
@@ -190,11 +164,32 @@ def _manifest(
             name: {key: by_name[name][key] for key in ("quality", "p50_ms", "size_bytes", "reward")}
             for name in ("random", "uniform") if name in by_name
         },
-        "versions": versions(),
-        "input": {
-            "name": INPUT, "shape": ["batch", *info.input_shape], "dtype": "float32", "range": list(info.value_range),
-        },
-        "onnx": operators(winner.folder / "model.onnx"),
+    }  # fmt: skip
+
+
+def candidate_facts(job: Job, finalist: Finalist, session: Session) -> dict[str, Any]:
+    """What a manifest says of one measured candidate, whichever it is: all but its quality on test data."""
+    ran_on = job.alternatives.get(finalist.runtime, job.device)
+    return {
+        "candidate": job.space.decode(finalist.entrant.genome).as_dict(),
+        "latency": [
+            {
+                "device": ran_on.name, "fingerprint": ran_on.fingerprint, "runtime": ran_on.runtime,
+                "predicted_ms": finalist.entrant.costs["latency_ms"], "p50_ms": finalist.timing.p50,
+                "p95_ms": finalist.timing.p95, "noise": finalist.timing.noise,
+                "teacher_p50_ms": session.timings["teacher"].p50, "threads": job.device.threads,
+                "batch": job.device.batch, "measured": True,
+            },
+            *_other_runtimes(job, finalist, session),
+            *_elsewhere(job, finalist),
+        ],
+        "size_bytes": {"onnx": finalist.size_bytes, "teacher_onnx": (job.run / "teacher.onnx").stat().st_size},
+        "macs": finalist.macs,
+        "params": finalist.params,
+        "peak_activation_bytes": max(p.peak_bytes(job.device.batch) for p in _parts(job, finalist)),
+        "energy": _energy(finalist, session),
+        "parity": {"max_abs_diff": finalist.max_abs_diff, "agreement": finalist.agreement},
+        **model_facts(finalist.folder / "model.onnx", job.task.info),
     }  # fmt: skip
 
 
@@ -202,19 +197,18 @@ def _parts(job: Job, winner: Finalist) -> list[Part]:
     return job.space.parts(job.space.decode(winner.entrant.genome))
 
 
-def _energy(outcome: Outcome) -> dict[str, Any]:
+def _energy(finalist: Finalist, session: Session) -> dict[str, Any]:
     """Millijoules of a call of student and teacher, and what counted them; None, and why, where nothing can."""
-    energy = outcome.session.energy
+    energy = session.energy
     used = energy.get("millijoules", {})
     return {
-        "student_mj": used.get(outcome.winner.entrant.name), "teacher_mj": used.get("teacher"),
+        "student_mj": used.get(finalist.entrant.name), "teacher_mj": used.get("teacher"),
         "source": source(energy),
     }  # fmt: skip
 
 
-def _other_runtimes(job: Job, outcome: Outcome) -> list[dict[str, Any]]:
+def _other_runtimes(job: Job, winner: Finalist, session: Session) -> list[dict[str, Any]]:
     """The student in the runtimes that it is not fastest in, measured in the same session."""
-    winner, session = outcome.winner, outcome.session
     timings = {"": session.timings, **session.alternatives}
     return [
         {

@@ -49,7 +49,7 @@ class Inverted(nn.Module):
         self.residual = stride == 1 and cin == cout
         self.conv = nn.Sequential(
             nn.Conv2d(cin, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True),
-            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True),
+            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(),
             nn.Conv2d(hidden, cout, 1, bias=False), nn.BatchNorm2d(cout),
         )  # fmt: skip
 

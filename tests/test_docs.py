@@ -33,11 +33,14 @@ from nas.latency import LatencyTable
 from nas.latency.importers import importers
 from nas.latency.runtimes import runtimes
 from nas.latency.schema import table_schema
+from nas.pipeline import parse_step, steps_of
+from nas.pipeline.steps import options_of
 from nas.registry import Registry
 from nas.reward import rewards
 from nas.settings import construct
 from nas.space import TaskInfo
 from nas.strategies import Domain, strategies
+from nas.student.formats import formats
 from nas.sweep.schedule import prepare
 from nas.sweep.spec import Range, Sweep, load_sweep
 from nas.tasks import tasks
@@ -92,14 +95,20 @@ def test_shell_blocks_use_commands_that_exist(page: Path) -> None:
 
 @every_page
 def test_nas_commands_parse_and_their_overrides_are_valid(page: Path) -> None:
-    inline = re.findall(r"`(nas (?:search|sweep|profile|tables|front|report|list)\b[^`…]*)`", page.read_text())
+    names = "search|sweep|compress|export|profile|tables|front|report|list"
+    inline = re.findall(rf"`(nas (?:{names})\b[^`…]*)`", page.read_text())
     bare = ("nas search", "nas sweep", "nas profile", "nas tables", "nas front", "nas report", "nas tables adapt")
+    bare += ("nas compress", "nas export")
     bare += tuple(f"nas tables {action}" for action in ("show", "validate", "compare", "import"))
     known = [shlex.split(line) for line in inline if line not in bare]
     for program, *arguments in [*commands(page), *known]:
         if program == "nas":
             options = _parser().parse_args(arguments)
-            if hasattr(options, "sweep"):
+            if hasattr(options, "steps"):
+                check_steps(options.steps)
+            elif hasattr(options, "candidate"):
+                assert set(options.format) <= set(formats)
+            elif hasattr(options, "sweep"):
                 path = ROOT / options.sweep if "/" in options.sweep else options.sweep
                 prepare(load_sweep(path, options.set), Path("nowhere"))
             elif getattr(options, "space", None) and hasattr(options, "set"):
@@ -107,6 +116,14 @@ def test_nas_commands_parse_and_their_overrides_are_valid(page: Path) -> None:
             elif getattr(options, "experiment", None) and hasattr(options, "set"):
                 experiment = ROOT / options.experiment if "/" in options.experiment else options.experiment
                 check_plugins(load_any(experiment, options.set))
+
+
+def check_steps(steps: list[str]) -> None:
+    """Passes that exist, with options that they have; without options they may be meant with settings by layer."""
+    for step in map(parse_step, steps):
+        assert step.name in passes, step.name
+        if step.options:
+            steps_of([step])
 
 
 def overridden(overrides: list[str]) -> dict[str, Any]:
@@ -133,7 +150,9 @@ def test_yaml_blocks_are_valid_sections(page: Path) -> None:
     whole = yaml.safe_load((ROOT / "experiments" / "digits.yaml").read_text())
     for block in blocks(page, "yaml"):
         content = yaml.safe_load(block)
-        if "vary" in content:
+        if set(content) <= set(passes):
+            steps_of([], content)
+        elif "vary" in content:
             sweep = load_sweep({"name": "block", **content})
             assert sweep.function or prepare(sweep, Path("nowhere"))
         else:
@@ -332,13 +351,36 @@ def written_keys(function: str, module: str = "result.py", owner: str = "") -> s
 
 
 @pytest.mark.parametrize(
-    "function", ["_manifest", "_summary", "_rows", "_trial", "_finalist", "_elsewhere", "_hypervolume"]
-)
+    "function",
+    ["_manifest", "candidate_facts", "_other_runtimes", "_summary", "_rows", "_trial", "_finalist", "_elsewhere",
+     "_hypervolume"],
+)  # fmt: skip
 def test_every_written_field_is_documented(function: str) -> None:
     quoted = re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "run-folder.md").read_text())
     named = {part for text in quoted for part in re.split(r"[.\[\]]+", text)}
     assert written_keys(function)
     assert written_keys(function) - named == set()
+
+
+def test_every_field_of_a_record_and_every_format_is_documented() -> None:
+    text = (ROOT / "docs" / "compression.md").read_text()
+    named = {part for quoted in re.findall(r"`([^`\n]+)`", text) for part in re.split(r"[.\[\]]+", quoted)}
+    written = written_keys("write_record", "pipeline/record.py")
+    for function in ("run", "_stage", "_finish"):
+        written |= written_keys(function, "pipeline/run.py", "Pipeline")
+    assert written - named == set()
+    assert written_keys("add_format", "student/formats/base.py") - {"formats"} - named == set()
+    assert [name for name in formats if f"| `{name}` |" not in text] == []
+
+
+def test_every_pass_has_a_section_that_lists_its_options() -> None:
+    text = (ROOT / "docs" / "compression.md").read_text()
+    for name in passes:
+        section = re.split(r"^## ", text.partition(f"\n## `{name}`")[2], maxsplit=1, flags=re.MULTILINE)[0]
+        assert section, f"docs/compression.md lacks a section `{name}`"
+        kind = passes.get(name)
+        options = options_of(kind) if "settings_for" in vars(kind) else {}
+        assert [option for option in options if f"| `{option}` |" not in section] == [], name
 
 
 def test_every_file_of_the_student_folder_is_documented() -> None:

@@ -31,12 +31,14 @@ def pins() -> dict[str, str]:
 
 
 def test_the_extras_are_the_documented_ones():
-    assert set(EXTRAS) == {"nni", "ray", "dashboard", "hf", "torchao", "openvino", "tracking", "images", "dev"}
+    formats = {"openvino", "executorch"}
+    assert set(EXTRAS) == formats | {"nni", "ray", "dashboard", "hf", "torchao", "tracking", "images", "dev"}
 
 
 def test_the_core_stays_light():
     names = {canonicalize_name(Requirement(text).name) for text in CORE}
-    assert names.isdisjoint({"nni", "ray", "transformers", "datasets", "torchao", "openvino", "mlflow", "pandas"})
+    assert names.isdisjoint({"nni", "ray", "transformers", "datasets", "torchao", "mlflow", "pandas", "executorch"})
+    assert "openvino" not in names
 
 
 def test_every_constraint_is_an_exact_public_version():

@@ -25,7 +25,7 @@ from nas.derived.structure import RELUS, Block, Cluster, Group, Structure
 from nas.errors import SpaceError
 from nas.parts import Boundary, Part
 from nas.space import Candidate, Choice, SearchSpace, Site, TaskInfo, Training, Treatment
-from nas.student.teacher import own_module
+from nas.student.own import built, with_weights
 
 MOST = 20_000  # combinations of genes that one site may read
 CHAIN = 3  # residual additions in a row, from which on their layers share their bits
@@ -80,7 +80,7 @@ class DerivedSpace(SearchSpace):
             raise SpaceError(
                 "space.model has no weights.", expected="space.weights, its state_dict in a .safetensors file"
             )
-        module = model if isinstance(model, nn.Module) else own_module(str(model), weights)
+        module = model if isinstance(model, nn.Module) else with_weights(built(str(model)), weights, str(model))
         if isinstance(model, nn.Module):
             options = {
                 "weights": weights, "prune": prune, "bits": bits, "ranks": ranks, "drop": drop,
@@ -285,7 +285,7 @@ class DerivedSpace(SearchSpace):
     def _integers(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
         """Whether a node's value is integers: convolutions', and what only passes them on.
 
-        The rule of the quantiser (:func:`nas.compression.quantize.quantized_nodes`): an addition or pooling follows
+        The rule of the quantiser (:func:`nas.compression.qdq.quantized_nodes`): an addition or pooling follows
         the input that was computed last.
 
         Args:

@@ -97,12 +97,14 @@ def train(
     recipe: Recipe,
     seed: int,
     share: float = 1.0,
+    eased: Sequence[Callable[[], torch.Tensor | None]] = (),
 ) -> nn.Module:
     """Train ``model`` and return it compressed (pruned for good, bits simulated), in evaluation mode.
 
     Args:
         share: of the recipe's steps that are made, before the compression and after it alike, with the learning rate's
             whole schedule in them; at least one step each.
+        eased: added to the loss of the plain epochs, for passes that come after this training.
 
     Raises:
         TrainingError: the loss is not finite, or the time is up.
@@ -113,7 +115,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     compressed = recipe.compressed_epochs if training.compression else 0
     plain = recipe.epochs - compressed
-    eased = penalties(model, training.compression)
+    eased = [*eased, *penalties(model, training.compression)]
     # Whoever trains without a teacher is not asked for its features either.
     weights = (training.feature_weight, training.attention_weight) if lessons.teacher is not None else (0.0, 0.0)
     hints = Hints(lessons.guides, lessons.x, *weights, seed)

@@ -93,7 +93,7 @@ def train_finalists(
 
     An entrant that fails has a ``reason`` and no qualities; it is tried again by the next run.
     """
-    todo = [e for e in entrants if not _finished(folder / e.name / "facts.json", e, recipe)]
+    todo = [e for e in entrants if not finished(folder / e.name / "facts.json", e, recipe)]
     items = [(np.array(e.genome), recipe, folder / e.name) for e in todo]
     for position, result in executor.run(realise, items):
         if isinstance(result, Exception):
@@ -107,7 +107,8 @@ def _asked(genome: Sequence[int], recipe: Recipe) -> dict[str, Any]:
     return {"genome": [int(g) for g in genome], "recipe": asdict(recipe)}
 
 
-def _finished(facts: Path, entrant: Entrant, recipe: Recipe) -> bool:
+def finished(facts: Path, entrant: Entrant, recipe: Recipe) -> bool:
+    """Whether the entrant was trained so before, and is on disk."""
     if not facts.exists():
         return False
     known = json.loads(facts.read_text())

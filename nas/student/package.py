@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import platform
 import shutil
-import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -18,13 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nas import __version__
+from nas.compression import Plan
 from nas.evaluators import Distil
 from nas.evaluators.distil import skeleton
 from nas.evaluators.train import SAMPLE
 from nas.files import write_atomic, write_json
-from nas.space import Candidate, SearchSpace
-from nas.student.export import deployable
+from nas.space import TaskInfo
+from nas.student.export import INPUT, deployable
 from nas.student.finalists import Finalist
+from nas.student.program import save_program
 from nas.student.teacher import onnx_logits
 
 PACKAGES = ("torch", "onnx", "onnxruntime", "numpy", "optuna", "torch-pruning")
@@ -40,39 +43,67 @@ def load_model(student: Distil, finalist: Finalist) -> nn.Module:
     return model.eval()
 
 
-def pack(folder: Path, student: Distil, finalist: Finalist, manifest: dict[str, Any]) -> None:
-    """Write the student folder: models, weights, candidate, manifest, model card, ``predict.py`` and its proof.
+@dataclass(frozen=True)
+class Deliverable:
+    """What a student folder is made of.
+
+    Attributes:
+        model: trained and simulating, freshly loaded from a saved state: in the contiguous layout that exports expect.
+        plan: the passes that were applied to it.
+        onnx: its exported file.
+        sample: raw inputs ``[n, *input_shape]``, n ≥ 2, for the proof.
+        manifest: content of ``manifest.json``.
+        candidate: content of ``candidate.json``.
+        origin: where it comes from, in one sentence without its full stop.
+        choices: what was chosen, name → value, for the model card.
+    """
+
+    model: nn.Module
+    plan: Plan
+    onnx: Path
+    sample: torch.Tensor
+    manifest: dict[str, Any]
+    candidate: Mapping[str, Any]
+    origin: str
+    choices: Mapping[str, Any]
+
+
+def pack_finalist(folder: Path, student: Distil, finalist: Finalist, manifest: dict[str, Any]) -> None:
+    """Write the student folder of a search's finalist."""
+    candidate = student.space.decode(np.array(finalist.entrant.genome))
+    deliverable = Deliverable(
+        model=load_model(student, finalist),
+        plan=student.space.training(candidate).compression,
+        onnx=finalist.folder / "model.onnx",
+        sample=student.task.split("valid")[0][:SELFTEST_SAMPLES],
+        manifest=manifest,
+        candidate={"space": student.space.name, "values": candidate.as_dict()},
+        origin=f"Found by hardware-aware search in the space `{student.space.name}`",
+        choices=candidate.as_dict(),
+    )
+    pack(folder, deliverable)
+
+
+def pack(folder: Path, deliverable: Deliverable) -> None:
+    """Write a student folder: models, weights, candidate, manifest, model card, ``predict.py`` and its proof.
 
     The folder appears whole or not at all.
     """
     making = folder.with_name(f".{folder.name}.making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
-    model = load_model(student, finalist)  # freshly loaded, so in the contiguous layout that exports expect
-    candidate = student.space.decode(np.array(finalist.entrant.genome))
-    plan = student.space.training(candidate).compression
-    sample = student.task.split("valid")[0][:SELFTEST_SAMPLES]
-    shutil.copyfile(finalist.folder / "model.onnx", making / "model.onnx")
-    _save_program(model, sample, making / "model.pt2")
-    plain = deployable(model, plan)
+    shutil.copyfile(deliverable.onnx, making / "model.onnx")
+    save_program(deliverable.model, deliverable.sample, making / "model.pt2")
+    plain = deployable(deliverable.model, deliverable.plan)
     save_file({k: v.contiguous() for k, v in plain.state_dict().items()}, making / "weights.safetensors")
-    write_json(making / "candidate.json", {"space": student.space.name, "values": candidate.as_dict()})
-    write_json(making / "manifest.json", manifest)
+    write_json(making / "candidate.json", deliverable.candidate)
+    write_json(making / "manifest.json", deliverable.manifest)
     shutil.copyfile(str(files("nas.student").joinpath("templates/predict.py")), making / "predict.py")
-    write_atomic(making / "selftest.npz", _selftest(making / "model.onnx", sample))
-    write_atomic(making / "README.md", model_card(manifest, candidate, student.space))
+    write_atomic(making / "selftest.npz", _selftest(making / "model.onnx", deliverable.sample))
+    write_atomic(making / "README.md", model_card(deliverable))
     if folder.exists():
         shutil.rmtree(folder)
     making.rename(folder)
-
-
-def _save_program(model: nn.Module, sample: torch.Tensor, path: Path) -> None:
-    """A torch.export program, which loads without this framework."""
-    batch = torch.export.Dim("batch", min=1, max=65536)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own notes on its serialiser, nothing a user could act on
-        program = torch.export.export(model, (sample[:2],), dynamic_shapes=({0: batch},))
-        torch.export.save(program, path)
 
 
 def _selftest(path: Path, x: torch.Tensor) -> bytes:
@@ -80,6 +111,24 @@ def _selftest(path: Path, x: torch.Tensor) -> bytes:
     # Integer kernels may round differently on another processor; the class that wins may differ at most rarely.
     np.savez(buffer, x=x.numpy(), logits=onnx_logits(path, x), min_agreement=np.float32(0.9))
     return buffer.getvalue()
+
+
+def write_samples(path: Path, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Inputs and labels as a compressed .npz file, so that every quality can be measured again."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, x=x.numpy(), y=y.numpy())
+    write_atomic(path, buffer.getvalue())
+
+
+def model_facts(path: Path, info: TaskInfo) -> dict[str, Any]:
+    """What a manifest says of the file itself: versions, input, operators."""
+    return {
+        "versions": versions(),
+        "input": {
+            "name": INPUT, "shape": ["batch", *info.input_shape], "dtype": info.dtype, "range": list(info.value_range),
+        },
+        "onnx": operators(path),
+    }  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -96,18 +145,19 @@ def operators(path: Path) -> dict[str, Any]:
     return {"opset": max(o.version for o in model.opset_import if not o.domain), "operators": counts}
 
 
-def model_card(manifest: dict[str, Any], candidate: Candidate, space: SearchSpace) -> str:
+def model_card(deliverable: Deliverable) -> str:
     """README.md of the student folder."""
+    manifest = deliverable.manifest
     quality, size, parity = manifest["quality"], manifest["size_bytes"], manifest["parity"]
     latency = manifest["latency"][0]
     spec = manifest["input"]
-    rows = "\n".join(f"| {name} | {value} |" for name, value in candidate.as_dict().items())
+    rows = "\n".join(f"| {name} | {value} |" for name, value in deliverable.choices.items())
     measured = f"{quality['metric']} ({quality['split']}, n = {quality['n']})"
     classes = manifest["task"]["classes"]
     agreement = f"{100 * parity['agreement']:.1f} %"
     return f"""# {manifest["name"]}: a compressed student
 
-Found by hardware-aware search in the space `{space.name}` and measured on {latency["device"]}.
+{deliverable.origin} and measured on {latency["device"]}.
 
 | | student | teacher |
 |---|---|---|

@@ -16,16 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nas.compression.fold import fold_batchnorm
-from nas.errors import ContentError, DataError
 from nas.evaluators import Distil
 from nas.evaluators.distillation import Guide
 from nas.evaluators.train import Recipe, predict
 from nas.executors import Executor
 from nas.files import write_atomic, write_json
 from nas.locks import training_lock
-from nas.registry import import_object
 from nas.space import Genomes, SearchSpace, Training
 from nas.student.export import export_float
+from nas.student.own import built, valid_quality, with_weights
 from nas.tasks import Task
 
 
@@ -114,16 +113,18 @@ class _Plain:
         return Training()
 
 
-def own_module(model: str, weights: str) -> nn.Module:
-    """The user's module with its weights.
+def own_teacher(model: str, weights: str, task: Task, folder: Path) -> Teacher:
+    """The user's module: ``model`` is ``module:build``, a function of no arguments, ``weights`` a safetensors file.
 
     Raises:
         ContentError: module or weights cannot be loaded.
+        DataError: it does not map the task's inputs to its classes.
     """
-    module, quality = _own(model, weights, task)
+    module = with_weights(built(model), weights, model)
+    quality = valid_quality(module, task)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "teacher.onnx").unlink(missing_ok=True)  # the weights may have changed since it was written
-    return Teacher(module, _export(module, task, folder), None, quality, [quality], partial(_built, model))
+    return Teacher(module, _export(module, task, folder), None, quality, [quality], partial(built, model))
 
 
 def further_teacher(model: str, weights: str, influence: float, task: Task) -> tuple[Guide, float]:
@@ -132,51 +133,8 @@ def further_teacher(model: str, weights: str, influence: float, task: Task) -> t
     Raises:
         ContentError, DataError: as for :func:`own_teacher`.
     """
-    module, quality = _own(model, weights, task)
-    return Guide(module, influence, build=partial(_built, model)), quality
-
-
-def _built(model: str) -> nn.Module:
-    module = import_object(model, "teacher")()
-    if not isinstance(module, nn.Module):
-        raise ContentError(f"{model} returned {type(module).__name__}.", expected="a torch.nn.Module")
-    return module
-
-
-def _own(model: str, weights: str, task: Task) -> tuple[nn.Module, float]:
-    """The user's module in evaluation mode and its quality on validation data."""
-    module, path = _built(model), Path(weights)
-    if not path.is_file():
-        raise ContentError(
-            f"There are no weights at {path}.", expected="a .safetensors file", remedy="check the teacher's weights"
-        )
-    try:
-        module.load_state_dict(load_file(path))
-    except Exception as error:
-        raise ContentError(f"{path} does not fit {model}: {error}.", expected="the module's own state_dict") from error
-    return module
-
-
-def own_teacher(model: str, weights: str, task: Task, folder: Path) -> Teacher:
-    """The user's module: ``model`` is ``module:build``, a function of no arguments, ``weights`` a safetensors file.
-
-    Raises:
-        ContentError: module or weights cannot be loaded.
-        DataError: it does not map the task's inputs to its classes.
-    """
-    module = own_module(model, weights)
-    x, y = task.split("valid")
-    try:
-        logits = predict(module, x)
-    except Exception as error:
-        raise DataError(
-            f"The teacher {model} fails on inputs {tuple(x.shape)}: {error}.", expected="raw task inputs"
-        ) from error
-    if logits.shape != (len(x), task.info.classes):
-        raise DataError(
-            f"The output of the teacher {model} has shape {logits.shape}.", expected=f"{(len(x), task.info.classes)}"
-        )
-    return module.eval(), task.evaluate(logits, y.numpy())[task.metric]
+    module = with_weights(built(model), weights, model)
+    return Guide(module, influence, build=partial(built, model)), valid_quality(module, task)
 
 
 def _export(module: nn.Module, task: Task, folder: Path) -> Path:
