@@ -192,7 +192,7 @@ def _manifest(
         },
         "versions": versions(),
         "input": {
-            "name": INPUT, "shape": ["batch", *info.input_shape], "dtype": "float32", "range": list(info.value_range),
+            "name": INPUT, "shape": ["batch", *info.input_shape], "dtype": info.dtype, "range": list(info.value_range),
         },
         "onnx": operators(winner.folder / "model.onnx"),
     }  # fmt: skip

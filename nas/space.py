@@ -25,6 +25,7 @@ from nas.genes import Candidate, Choice, Compiled, Dormancy, Genomes, Value, enu
 from nas.parts import Part
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 __all__ = ["Candidate", "Choice", "Genomes", "SearchSpace", "Site", "TaskInfo", "Training", "Treatment", "Value"]
@@ -48,6 +49,16 @@ class TaskInfo:
     std: tuple[float, ...] = (1.0,)
     value_range: tuple[float, float] = (0.0, 1.0)
     dtype: str = "float32"
+
+    def random(self, n: int, seed: int = 0) -> torch.Tensor:
+        """``n`` raw samples ``[n, *input_shape]`` by chance, evenly over the range of values."""
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        low, high = self.value_range
+        if self.dtype == "int64":
+            return torch.randint(int(low), int(high) + 1, (n, *self.input_shape), generator=generator)
+        return low + (high - low) * torch.rand((n, *self.input_shape), generator=generator)
 
 
 @dataclass(frozen=True)

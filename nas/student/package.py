@@ -59,6 +59,8 @@ def pack(folder: Path, student: Distil, finalist: Finalist, manifest: dict[str, 
     write_json(making / "candidate.json", {"space": student.space.name, "values": candidate.as_dict()})
     write_json(making / "manifest.json", manifest)
     shutil.copyfile(str(files("nas.student").joinpath("templates/predict.py")), making / "predict.py")
+    for name, content in student.task.student_files().items():
+        write_atomic(making / name, content)
     write_atomic(making / "selftest.npz", _selftest(making / "model.onnx", sample))
     write_atomic(making / "README.md", model_card(manifest, candidate, student.space))
     if folder.exists():
@@ -105,6 +107,8 @@ def model_card(manifest: dict[str, Any], candidate: Candidate, space: SearchSpac
     measured = f"{quality['metric']} ({quality['split']}, n = {quality['n']})"
     classes = manifest["task"]["classes"]
     agreement = f"{100 * parity['agreement']:.1f} %"
+    tokens = spec["dtype"] != "float32"
+    values = f"numbers of tokens in {spec['range']}" if tokens else f"raw values in {spec['range']}; preprocessing is\ninside the model"
     return f"""# {manifest["name"]}: a compressed student
 
 Found by hardware-aware search in the space `{space.name}` and measured on {latency["device"]}.
@@ -121,8 +125,7 @@ pip install numpy onnxruntime
 python predict.py --selftest
 python predict.py INPUT.npy
 ```
-Input `{spec["name"]}`: {spec["dtype"]}, shape {spec["shape"]}, raw values in {spec["range"]}; preprocessing is
-inside the model. Output: logits of {len(classes)} classes ({", ".join(map(str, classes))}).
+Input `{spec["name"]}`: {spec["dtype"]}, shape {spec["shape"]}, {values}. Output: logits of {len(classes)} classes ({", ".join(map(str, classes))}).
 
 ## Files
 `model.onnx` is what runs. `model.pt2` is the same model as a torch.export program with the integer arithmetic

@@ -124,8 +124,7 @@ def untrained_onnx(_shared: Any, item: tuple[SearchSpace, TaskInfo, Genomes]) ->
     """The exported, compressed network of a genome with random weights; time does not depend on them."""
     space, info, genome = item
     candidate = space.decode(genome)
-    low, high = info.value_range
-    x = torch.rand(SAMPLE, *info.input_shape, generator=torch.Generator().manual_seed(0)) * (high - low) + low
+    x = info.random(SAMPLE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = skeleton(space, candidate, x)
