@@ -198,7 +198,7 @@ def random_inputs(
         batch: what takes the place of a dimension that is no positive number.
     """
     rng = np.random.default_rng(0)
-    feed = {}
+    feed: dict[str, npt.NDArray[Any]] = {}
     for name, shape, kind in described:
         sides = [side if isinstance(side, int) and side > 0 else batch for side in shape]
         feed[name] = rng.integers(0, 2 if kind in INDICES else 6, sides).astype(kind)

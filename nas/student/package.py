@@ -107,8 +107,12 @@ def model_card(manifest: dict[str, Any], candidate: Candidate, space: SearchSpac
     measured = f"{quality['metric']} ({quality['split']}, n = {quality['n']})"
     classes = manifest["task"]["classes"]
     agreement = f"{100 * parity['agreement']:.1f} %"
-    tokens = spec["dtype"] != "float32"
-    values = f"numbers of tokens in {spec['range']}" if tokens else f"raw values in {spec['range']}; preprocessing is\ninside the model"
+    if spec["dtype"] == "int64":
+        values = f"""numbers of tokens in {spec["range"]}. With
+`vocabulary.json` or `tokenizer.json` in this folder, `python predict.py INPUT.txt` reads texts, one a line"""
+    else:
+        values = f"""raw values in {spec["range"]}; preprocessing is
+inside the model"""
     return f"""# {manifest["name"]}: a compressed student
 
 Found by hardware-aware search in the space `{space.name}` and measured on {latency["device"]}.
@@ -125,7 +129,8 @@ pip install numpy onnxruntime
 python predict.py --selftest
 python predict.py INPUT.npy
 ```
-Input `{spec["name"]}`: {spec["dtype"]}, shape {spec["shape"]}, {values}. Output: logits of {len(classes)} classes ({", ".join(map(str, classes))}).
+Input `{spec["name"]}`: {spec["dtype"]}, shape {spec["shape"]}, {values}.
+Output: logits of {len(classes)} classes ({", ".join(map(str, classes))}).
 
 ## Files
 `model.onnx` is what runs. `model.pt2` is the same model as a torch.export program with the integer arithmetic
