@@ -96,7 +96,7 @@ def _keeps_batch(model: onnx.ModelProto, batch: int) -> bool:
             source, result = node.input[0], node.output[0]
             if before.get(source) != after.get(source) and before.get(result, [0])[:1] == after.get(result, [0])[:1]:
                 return True
-    return any(after[value.name][:1] != [batch + 1] for value in model.graph.output)
+    return any(after.get(value.name, [])[:1] != [batch + 1] for value in model.graph.output)
 
 
 def _shapes_of_batch(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
