@@ -57,17 +57,25 @@ class Student:
         return int(self.manifest["size_bytes"]["onnx"])
 
     def predict(self, x: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Logits ``[n, classes]`` of raw inputs ``[n, *input_shape]``, by onnxruntime.
+        """Logits ``[n, classes]`` of raw inputs ``[n, *input_shape]``, by onnxruntime; of a text student, of tokens.
 
         Raises:
-            StudentError: the shape is not the student's.
+            StudentError: the shape is not the student's, or there are no such tokens.
         """
         from nas.student.teacher import onnx_logits
 
-        array = np.ascontiguousarray(x, dtype=np.float32)
-        shape = tuple(self.manifest["input"]["shape"][1:])
-        if array.shape[1:] != shape:
-            raise StudentError(f"Input of shape {array.shape}.", expected=f"(n, {', '.join(map(str, shape))})")
+        spec = self.manifest["input"]
+        given, shape = np.asarray(x), tuple(spec["shape"][1:])
+        if given.shape[1:] != shape:
+            raise StudentError(f"Input of shape {given.shape}.", expected=f"(n, {', '.join(map(str, shape))})")
+        if np.dtype(spec["dtype"]).kind == "i":
+            low, high = (int(value) for value in spec["range"])
+            if given.dtype.kind not in "iu" or (given.size and (given.min() < low or given.max() > high)):
+                what = f"{given.min()} to {given.max()}" if given.size else "nothing"
+                raise StudentError(
+                    f"Input of dtype {given.dtype}, {what}.", expected=f"numbers of tokens, whole, {low}..{high}"
+                )
+        array = np.ascontiguousarray(given, dtype=spec["dtype"])
         return onnx_logits(self.folder / "model.onnx", torch.from_numpy(array))
 
     def torch_program(self) -> torch.nn.Module:

@@ -50,15 +50,15 @@ class TaskInfo:
     value_range: tuple[float, float] = (0.0, 1.0)
     dtype: str = "float32"
 
-    def random(self, n: int, seed: int) -> torch.Tensor:
-        """``n`` samples of random raw values within the range, ``[n, *input_shape]``."""
+    def random(self, n: int, seed: int = 0) -> torch.Tensor:
+        """``n`` raw samples ``[n, *input_shape]`` by chance, evenly over the range of values."""
         import torch
 
         generator = torch.Generator().manual_seed(seed)
         low, high = self.value_range
         if self.dtype == "int64":
             return torch.randint(int(low), int(high) + 1, (n, *self.input_shape), generator=generator)
-        return torch.rand(n, *self.input_shape, generator=generator) * (high - low) + low
+        return low + (high - low) * torch.rand((n, *self.input_shape), generator=generator)
 
 
 @dataclass(frozen=True)

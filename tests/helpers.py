@@ -168,3 +168,43 @@ SMALL = {
     "finalists": {"count": 1, "epochs": 3, "compressed_epochs": 1, "seconds": 1.0},
     "baselines": ["random"],
 }  # fmt: skip
+
+
+class TextLayer(nn.Module):
+    """Attention and MLP, each after a normalisation; ``mask [n, 1, 1, length]`` is added to the scores."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        n, length, width = x.shape
+        y = self.norm1(x)
+        q, k, v = (p(y).view(n, length, self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
+        scores = q @ k.transpose(2, 3) * (width // self.heads) ** -0.5 + mask
+        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, length, width))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class TextTransformer(nn.Module):
+    """Tokens ``[n, length]``, 0 is padding → logits: embeddings of tokens and positions, layers, mean over words."""
+
+    def __init__(
+        self, vocabulary: int, length: int, classes: int, width: int = 32, heads: int = 2, depth: int = 2
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
+        self.layers = nn.ModuleList(TextLayer(width, heads) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        known = (tokens != 0).float()
+        mask = (1 - known)[:, None, None, :] * -1e4
+        x = self.tokens(tokens) + self.positions
+        for layer in self.layers:
+            x = layer(x, mask)
+        weights = known / known.sum(1, keepdim=True)
+        return self.head((self.norm(x) * weights[:, :, None]).sum(1))

@@ -154,7 +154,7 @@ def test_missing_npz_says_where_it_looked(tmp_path: Path, monkeypatch: pytest.Mo
         ({"x": images(12, 8, 8), "y": LABELS - 1}, "label -1 at index 0 is negative"),
         ({"x": images(12, 8, 8), "y": LABELS * 2}, r"up to 4 but only 3 .* missing: 1, 3\."),
         ({"x": images(12, 8, 8), "y": LABELS * 10**12}, r"missing: 1, 2, 3, 4, 5, …\."),
-        ({"x": images(12, 8, 8), "y": LABELS * 0}, "every image has label 0"),
+        ({"x": images(12, 8, 8), "y": LABELS * 0}, "every sample has label 0"),
         ({"x": images(12, 8, 8), "y": LABELS, "classes": np.array(["a", "b"])}, "label 2 but 2 class names"),
         ({"x": images(12, 8, 8), "y": LABELS, "classes": np.array(list("abcd"))}, r"missing: 3\."),
         (

@@ -15,8 +15,10 @@ def fold_batchnorm(model: nn.Module, names: Collection[str] | None = None) -> nn
 
     Returns the model, whose folded normalisations have become identities; training mode is kept.
     """
-    followers = consumers(model)
     modules = dict(model.named_modules())
+    if not any(isinstance(module, nn.BatchNorm2d) for module in modules.values()):
+        return model  # which need not be traceable then
+    followers = consumers(model)
     for name, users in followers.items():
         if (names is not None and name not in names) or len(users) != 1:
             continue

@@ -38,6 +38,7 @@ DTYPES: dict[str, type] = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(bool)": np.bool_,
     "tensor(uint8)": np.uint8, "tensor(int8)": np.int8, "tensor(int32)": np.int32, "tensor(int64)": np.int64,
 }  # fmt: skip
+INDICES = (np.int32, np.int64)
 ERRORS_ONLY = 3
 
 
@@ -190,14 +191,18 @@ def random_inputs(
 ) -> dict[str, npt.NDArray[Any]]:
     """Small whole numbers for every (name, shape, type): valid as images, as uint8 and as indices.
 
+    Integers of 32 and 64 bits are indices, of tokens for example, and the graph alone does not say how many there are:
+    they are 0 and 1, which every table of two rows has.
+
     Args:
         batch: what takes the place of a dimension that is no positive number.
     """
     rng = np.random.default_rng(0)
-    return {
-        name: rng.integers(0, 6, [side if isinstance(side, int) and side > 0 else batch for side in shape]).astype(kind)
-        for name, shape, kind in described
-    }
+    feed: dict[str, npt.NDArray[Any]] = {}
+    for name, shape, kind in described:
+        sides = [side if isinstance(side, int) and side > 0 else batch for side in shape]
+        feed[name] = rng.integers(0, 2 if kind in INDICES else 6, sides).astype(kind)
+    return feed
 
 
 def bind(session: ort.InferenceSession, feed: dict[str, npt.NDArray[Any]], device: str, index: int) -> Any:

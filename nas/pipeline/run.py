@@ -281,6 +281,7 @@ class Pipeline:
             candidate=plan,
             origin=f"Compressed from `{self.name}` by {', '.join(plan)}",
             choices={f"{name} of {layer}": value for name, layers in plan.items() for layer, value in layers.items()},
+            files=self.task.student_files(),
         )
         pack(student, deliverable)
         rows = [self.facts(i) or {} for i in range(len(self.stages))]

@@ -13,12 +13,13 @@ import numpy.typing as npt
 import onnx
 import torch
 from onnx import TensorProto, numpy_helper
-from torch import fx, nn
+from torch import nn
 
 from nas.compression import restore, rewrite_onnx
 from nas.compression.base import Plan
 from nas.compression.fake_quant import REMARKS
 from nas.compression.fold import fold_batchnorm
+from nas.errors import StudentError
 from nas.parts import OPSET, resize_scales
 
 INPUT, OUTPUT = "input", "logits"
@@ -31,9 +32,7 @@ def deployable(model: nn.Module, plan: Plan) -> nn.Module:
     return fold_batchnorm(plain).eval()
 
 
-def to_onnx(
-    model: nn.Module, plan: Plan, sample: torch.Tensor, calibration: npt.NDArray[np.float32]
-) -> onnx.ModelProto:
+def to_onnx(model: nn.Module, plan: Plan, sample: torch.Tensor, calibration: npt.NDArray[Any]) -> onnx.ModelProto:
     """Export a trained (still simulating) module with all of its compression.
 
     Args:
@@ -79,35 +78,52 @@ def compact(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def export_float(model: nn.Module, sample: torch.Tensor) -> onnx.ModelProto:
-    """Plain export of a float module, with a free batch dimension."""
-    return free_batch(export_fixed(model, (sample,)))
+    """Plain export of a float module, with a free batch dimension.
+
+    Args:
+        model: one raw input → one output.
+        sample: raw inputs ``[n, *input_shape]`` of the type that the model takes; they fix the shapes.
+
+    Raises:
+        StudentError: the exporter cannot express the model.
+    """
+    exported = free_batch(_traced(model, (sample,), {}))
+    if _keeps_batch(exported, len(sample)):
+        # Somebody wrote the number of samples into a shape: x.view(x.shape[0], …). Then shapes must be computed.
+        axes = {INPUT: {0: "batch"}, OUTPUT: {0: "batch"}}
+        exported = free_batch(_constant_shapes(_traced(model, (sample,), axes), sample))
+    return exported
 
 
 def export_fixed(model: nn.Module, samples: tuple[torch.Tensor, ...]) -> onnx.ModelProto:
     """Plain export of a float module for inputs of exactly these shapes; the first is called ``input``."""
-    buffer: Any = io.BytesIO()
-    with warnings.catch_warnings():
-        # The TorchScript exporter is deprecated but takes well under a second where its successor takes 4 to 11.
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model.eval(), samples, buffer, dynamo=False, opset_version=OPSET,
-            input_names=[INPUT, *(f"{INPUT}{i}" for i in range(1, len(samples)))], output_names=[OUTPUT],
-            # Only where it is asked for: the exporter leaves more to the runtime when it does not know a shape.
-            dynamic_axes={INPUT: {0: "batch"}} if _reads_batch(model) else None,
-        )  # fmt: skip
-    exported = onnx.load_from_string(buffer.getvalue())
-    _name_linear_weights(exported, model)
-    _pass_on_remarks(exported, model)
+    exported = _traced(model, samples, {})
     _drop_dead_nodes(exported)
     _unshare_initializers(exported)
     return exported
 
 
-def _reads_batch(model: nn.Module) -> bool:
-    """Whether a traced forward computes with the size of the batch, which must not become a number."""
-    return isinstance(model, fx.GraphModule) and any(
-        node.op == "call_method" and node.target == "size" for node in model.graph.nodes
-    )
+def _traced(
+    model: nn.Module, samples: tuple[torch.Tensor, ...], axes: dict[str, dict[int, str]]
+) -> onnx.ModelProto:
+    buffer: Any = io.BytesIO()
+    with warnings.catch_warnings():
+        # The TorchScript exporter is deprecated but takes well under a second where its successor takes 4 to 11.
+        warnings.simplefilter("ignore")
+        try:
+            torch.onnx.export(
+                model.eval(), samples, buffer, dynamo=False, opset_version=OPSET,
+                input_names=[INPUT, *(f"{INPUT}{i}" for i in range(1, len(samples)))], output_names=[OUTPUT], dynamic_axes=axes,
+            )  # fmt: skip
+        except torch.onnx.OnnxExporterError as error:
+            raise StudentError(
+                f"The model cannot be exported to ONNX: {str(error).splitlines()[0]}",
+                remedy="write what it names with other operators",
+            ) from error
+    exported = onnx.load_from_string(buffer.getvalue())
+    _name_linear_weights(exported, model)
+    _pass_on_remarks(exported, model)
+    return exported
 
 
 def _pass_on_remarks(exported: onnx.ModelProto, model: nn.Module) -> None:
@@ -115,6 +131,84 @@ def _pass_on_remarks(exported: onnx.ModelProto, model: nn.Module) -> None:
     remarks = {name: vars(layer)[REMARKS] for name, layer in model.named_modules() if vars(layer).get(REMARKS)}
     if remarks:
         onnx.helper.set_model_props(exported, {REMARKS: json.dumps(remarks)})
+
+
+def _keeps_batch(model: onnx.ModelProto, batch: int) -> bool:
+    """Whether some shape in a graph with a free batch may be that of ``batch`` samples, whatever comes in.
+
+    Told by the shapes that follow for another batch: they contradict each other, a reshape of more values has as many
+    rows as before, or something is gathered by position. A false alarm costs a few operators on shapes.
+    """
+    try:
+        before, after = (_shapes_of_batch(model, size) for size in (batch, batch + 1))
+    except onnx.shape_inference.InferenceError:
+        return True
+    for node in model.graph.node:
+        if node.op_type == "GatherElements":
+            return True
+        if node.op_type == "Reshape":
+            source, result = node.input[0], node.output[0]
+            if before.get(source) != after.get(source) and before.get(result, [0])[:1] == after.get(result, [0])[:1]:
+                return True
+    return any(after.get(value.name, [])[:1] != [batch + 1] for value in model.graph.output)
+
+
+def _shapes_of_batch(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
+    sized = onnx.ModelProto()
+    sized.CopyFrom(model)
+    for value in sized.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    for value in sized.graph.output:
+        value.type.tensor_type.shape.dim[0].ClearField("value")
+    return _shapes(sized, strict=True)
+
+
+def _constant_shapes(model: onnx.ModelProto, sample: torch.Tensor) -> onnx.ModelProto:
+    """What is computed from the shape of the input becomes constant: found by running two batches.
+
+    Values that are the same for both are stored, and a reshape of which one side differs leaves that to be inferred.
+    Operators on shapes are no work, but each costs a call, and none of them is in the parts that a table prices.
+    """
+    moving = {value.name for value in model.graph.input}
+    fixed: list[str] = []
+    for node in model.graph.node:
+        if node.op_type not in ("Shape", "Size") and moving.intersection(node.input):
+            moving.update(node.output)
+        elif node.op_type not in ("Constant", "Identity"):  # Identity: of weights that layers share
+            fixed.extend(node.output)
+    if not fixed:
+        return model
+    reshaped = [node.output[0] for node in model.graph.node if node.op_type == "Reshape"]
+    one = sample[:1].numpy()
+    small, large = (_values(model, [*fixed, *reshaped], np.concatenate([one] * n)) for n in (2, 3))
+    same = {name for name in fixed if np.array_equal(small[name], large[name])}
+    model.graph.initializer.extend(numpy_helper.from_array(small[name], name) for name in fixed if name in same)
+    kept = [node for node in model.graph.node if not same.intersection(node.output)]
+    for node in kept:
+        name = node.output[0]
+        if node.op_type == "Reshape" and node.input[1] in fixed and node.input[1] not in same:
+            shape = np.array(small[name].shape)
+            shape[shape != large[name].shape] = -1
+            if (shape < 0).sum() <= 1:
+                model.graph.initializer.append(numpy_helper.from_array(shape, f"{name}_shape"))
+                node.input[1] = f"{name}_shape"
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return model
+
+
+def _values(model: onnx.ModelProto, names: list[str], x: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+    """Intermediate values of a graph for one input."""
+    import onnxruntime as ort
+
+    from nas.latency.sessions import session_options
+
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = ort.InferenceSession(probe.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"])
+    return dict(zip(names, session.run(names, {probe.graph.input[0].name: x}), strict=True))
 
 
 def _name_linear_weights(exported: onnx.ModelProto, model: nn.Module) -> None:
@@ -149,6 +243,7 @@ def free_batch(model: onnx.ModelProto) -> onnx.ModelProto:
             del node.input[1:]
             node.input.extend(["", name])
     _drop_dead_nodes(model)
+    _unshare_initializers(model)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     del model.graph.value_info[:]
@@ -169,37 +264,63 @@ def _unshare_initializers(model: onnx.ModelProto) -> None:
 
 
 def _drop_dead_nodes(model: onnx.ModelProto) -> None:
+    """Drop nodes and stored tensors that nothing reads."""
     alive = {value.name for value in model.graph.output}
     kept = []
     for node in reversed(model.graph.node):
         if alive.intersection(node.output):
-            alive.update(node.input)
+            alive.update(_read(node))
             kept.append(node)
     del model.graph.node[:]
     model.graph.node.extend(reversed(kept))
+    stored = [tensor for tensor in model.graph.initializer if tensor.name in alive]
+    if len(stored) < len(model.graph.initializer):
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(stored)
 
 
-def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+def _read(node: onnx.NodeProto) -> set[str]:
+    """What a node reads, also inside its branches."""
+    graphs = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+    return {*node.input, *(name for graph in graphs for inner in graph.node for name in _read(inner))}
+
+
+def _shapes(model: onnx.ModelProto, strict: bool = False) -> dict[str, list[int]]:
+    """Name → sides of every value that has a known rank; 0 where a side is not known."""
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True, strict_mode=strict)
     graph = inferred.graph
     return {
         v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
         for v in (*graph.value_info, *graph.input, *graph.output)
+        if v.type.tensor_type.HasField("shape")
     }
+
+
+def _whole(shape: list[int] | None) -> bool:
+    return shape is not None and 0 not in shape
 
 
 def onnx_macs_params(model: onnx.ModelProto) -> tuple[int, int]:
     """MACs of one sample and deployed parameters counted on the exported graph itself.
 
     MACs are those of convolutions and matrix products, attention's products of two activations among them. Parameters
-    are their weights and biases, the scale and offset of layer normalisations, and tensors that are added (a linear
-    layer's bias stands in an addition of its own, and so do learnt positions).
+    are their weights and biases, the scale and offset of layer normalisations, tensors that are added (a linear
+    layer's bias stands in an addition of its own, and so do learnt positions), and tables that the input looks
+    something up in, such as the embedding of tokens.
     """
     single = onnx.ModelProto()
     single.CopyFrom(model)
     for value in (*single.graph.input, *single.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     shapes = _shapes(single)
+    counted = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    names = {name for node in counted for name in (node.input[1], node.output[0])}
+    if unknown := [name for name in names - {t.name for t in model.graph.initializer} if not _whole(shapes.get(name))]:
+        # Shapes that are computed are known once the model has run.
+        value = single.graph.input[0].type.tensor_type
+        sides = [side.dim_value for side in value.shape.dim]
+        found = _values(model, unknown, np.zeros(sides, onnx.helper.tensor_dtype_to_np_dtype(value.elem_type)))
+        shapes |= {name: list(array.shape) for name, array in found.items()}
     sizes = {t.name: tuple(t.dims) for t in model.graph.initializer}
     constants = {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}
     decoding = set()
@@ -209,7 +330,12 @@ def onnx_macs_params(model: onnx.ModelProto) -> tuple[int, int]:
             decoding.add(i)
             sizes |= {name: tuple(shapes[name]) for name in node.output if name in shapes}
     macs = params = 0
+    fed = {value.name for value in model.graph.input}
     for i, node in enumerate(model.graph.node):
+        if fed.intersection(node.input):
+            fed.update(node.output)
+        if node.op_type == "Gather" and node.input[0] in sizes and node.input[1] in fed:
+            params += int(np.prod(sizes[node.input[0]]))
         if i in decoding or node.op_type not in WEIGHTED:
             continue
         params += sum(int(np.prod(sizes[name])) for name in node.input if name in sizes)

@@ -6,7 +6,7 @@ import io
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -56,6 +56,7 @@ class Deliverable:
         candidate: content of ``candidate.json``.
         origin: where it comes from, in one sentence without its full stop.
         choices: what was chosen, name → value, for the model card.
+        files: further files that its inputs need, such as a vocabulary, by name.
     """
 
     model: nn.Module
@@ -66,6 +67,7 @@ class Deliverable:
     candidate: Mapping[str, Any]
     origin: str
     choices: Mapping[str, Any]
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def pack_finalist(folder: Path, student: Distil, finalist: Finalist, manifest: dict[str, Any]) -> None:
@@ -80,6 +82,7 @@ def pack_finalist(folder: Path, student: Distil, finalist: Finalist, manifest: d
         candidate={"space": student.space.name, "values": candidate.as_dict()},
         origin=f"Found by hardware-aware search in the space `{student.space.name}`",
         choices=candidate.as_dict(),
+        files=student.task.student_files(),
     )
     pack(folder, deliverable)
 
@@ -99,6 +102,8 @@ def pack(folder: Path, deliverable: Deliverable) -> None:
     write_json(making / "candidate.json", deliverable.candidate)
     write_json(making / "manifest.json", deliverable.manifest)
     shutil.copyfile(str(files("nas.student").joinpath("templates/predict.py")), making / "predict.py")
+    for name, content in deliverable.files.items():
+        write_atomic(making / name, content)
     write_atomic(making / "selftest.npz", _selftest(making / "model.onnx", deliverable.sample))
     write_atomic(making / "README.md", model_card(deliverable))
     if folder.exists():
@@ -155,6 +160,12 @@ def model_card(deliverable: Deliverable) -> str:
     measured = f"{quality['metric']} ({quality['split']}, n = {quality['n']})"
     classes = manifest["task"]["classes"]
     agreement = f"{100 * parity['agreement']:.1f} %"
+    if spec["dtype"] == "int64":
+        values = f"""numbers of tokens in {spec["range"]}. With
+`vocabulary.json` or `tokenizer.json` in this folder, `python predict.py INPUT.txt` reads texts, one a line"""
+    else:
+        values = f"""raw values in {spec["range"]}; preprocessing is
+inside the model"""
     return f"""# {manifest["name"]}: a compressed student
 
 {deliverable.origin} and measured on {latency["device"]}.
@@ -171,8 +182,8 @@ pip install numpy onnxruntime
 python predict.py --selftest
 python predict.py INPUT.npy
 ```
-Input `{spec["name"]}`: {spec["dtype"]}, shape {spec["shape"]}, raw values in {spec["range"]}; preprocessing is
-inside the model. Output: logits of {len(classes)} classes ({", ".join(map(str, classes))}).
+Input `{spec["name"]}`: {spec["dtype"]}, shape {spec["shape"]}, {values}.
+Output: logits of {len(classes)} classes ({", ".join(map(str, classes))}).
 
 ## Files
 `model.onnx` is what runs. `model.pt2` is the same model as a torch.export program with the integer arithmetic

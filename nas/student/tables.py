@@ -131,7 +131,7 @@ def untrained_nets(_shared: Any, item: tuple[SearchSpace, TaskInfo, Genomes]) ->
 
 def _untrained_onnx(space: SearchSpace, info: TaskInfo, genome: Genomes) -> bytes:
     candidate = space.decode(genome)
-    x = info.random(SAMPLE, seed=0)
+    x = info.random(SAMPLE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = skeleton(space, candidate, x)

@@ -4,5 +4,9 @@ from nas.tasks import image_folder, readers  # noqa: F401  they enter the built-
 from nas.tasks.base import Task, tasks
 from nas.tasks.classification import ImageClassification
 from nas.tasks.data import Arrays, RawArrays, ReadOptions, read, sources
+from nas.tasks.text import TextClassification
 
-__all__ = ["Arrays", "ImageClassification", "RawArrays", "ReadOptions", "Task", "read", "sources", "tasks"]
+__all__ = [
+    "Arrays", "ImageClassification", "RawArrays", "ReadOptions", "Task", "TextClassification", "read", "sources",
+    "tasks",
+]  # fmt: skip

@@ -25,8 +25,8 @@ class Task(abc.ABC):
     A subclass calls this constructor with its splits and implements :meth:`loss` and :meth:`evaluate`.
 
     Args:
-        splits: ``(x, y)`` for each of train, valid and test; ``x [n, *input_shape]`` float32 in raw units, ``y [n]``
-            int64.
+        splits: ``(x, y)`` for each of train, valid and test; ``x [n, *input_shape]`` in raw units, of ``info.dtype``,
+            ``y [n]`` int64.
         info: shapes and statistics of the training split.
         metric: name of the metric that is the quality; more is better.
         classes: names of the classes.
@@ -98,6 +98,10 @@ class Task(abc.ABC):
     def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """A random variant of the training batch ``x [n, *input_shape]``, drawn from ``generator`` (default: as is)."""
         return x
+
+    def student_files(self) -> dict[str, bytes]:
+        """File name → content of what a student needs to read raw data, such as a vocabulary (default: nothing)."""
+        return {}
 
     @cached_property
     def fingerprint(self) -> str:

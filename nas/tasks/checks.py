@@ -51,7 +51,7 @@ def as_labels(y: npt.NDArray[Any], where: str) -> npt.NDArray[np.int64]:
     if y.ndim != 1:
         raise DataError(
             f"{where}: the labels have shape {list(y.shape)}.",
-            expected="one integer per image, shape [n]",
+            expected="one integer per sample, shape [n]",
             remedy="store y.argmax(1) of one-hot labels, or y.ravel() of a column",
         )
     if y.dtype.kind not in "iu":
@@ -64,7 +64,7 @@ def as_labels(y: npt.NDArray[Any], where: str) -> npt.NDArray[np.int64]:
         raise DataError(
             f"{where}: label {int(y.min())} at index {int(y.argmin())} is negative.",
             expected="integers 0, 1, 2, … one per class",
-            remedy="leave unlabelled images out",
+            remedy="leave unlabelled samples out",
         )
     return y.astype(np.int64)
 
@@ -85,10 +85,12 @@ def as_float32(x: npt.NDArray[Any], where: str) -> npt.NDArray[np.float32]:
     return result
 
 
-def check_lengths(x: npt.NDArray[Any], y: npt.NDArray[Any], where: str) -> None:
-    """As many labels as images."""
+def check_lengths(x: npt.NDArray[Any], y: npt.NDArray[Any], where: str, what: str = "images") -> None:
+    """As many labels as samples."""
     if len(x) != len(y):
-        raise DataError(f"{where}: {len(x)} images but {len(y)} labels.", expected="one label per image")
+        raise DataError(
+            f"{where}: {len(x)} {what} but {len(y)} labels.", expected=f"one label for each of the {what}"
+        )
 
 
 def check_options(x: npt.NDArray[Any], image_size: tuple[int, int] | None, channels: int | None, where: str) -> None:
@@ -107,13 +109,13 @@ def check_options(x: npt.NDArray[Any], image_size: tuple[int, int] | None, chann
         )
 
 
-def check_memory(values: int, max_bytes: int, where: str) -> None:
-    """``values`` numbers fit the memory limit as float32."""
-    if values * 4 > max_bytes:
+def check_memory(values: int, max_bytes: int, where: str, what: str = "images", width: int = 4) -> None:
+    """``values`` numbers fit the memory limit as float32, or as numbers of ``width`` bytes."""
+    if values * width > max_bytes:
         raise DataError(
-            f"{where}: the images take {_size(values * 4)} or more in memory.",
+            f"{where}: the {what} take {_size(values * width)} or more in memory.",
             expected=f"at most {_size(max_bytes)}",
-            remedy="use fewer or smaller images",
+            remedy=f"use fewer or smaller {what}",
         )
 
 
@@ -127,7 +129,7 @@ def class_names(y: npt.NDArray[np.int64], names: Sequence[str] | None, where: st
         )
     if len(present) < 2:
         raise DataError(
-            f"{where}: every image has label {int(present[0])}.", expected="at least 2 classes to tell apart"
+            f"{where}: every sample has label {int(present[0])}.", expected="at least 2 classes to tell apart"
         )
     if len(present) < count:
         # Labels may be huge; stop at the first few holes.

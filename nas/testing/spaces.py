@@ -168,7 +168,7 @@ def _check_price(space: SearchSpace, genomes: Genomes, seed: int) -> None:
 def _check_export(space: SearchSpace, genome: Genomes, info: TaskInfo, seed: int) -> None:
     candidate = space.decode(genome)
     plan = space.training(candidate).compression
-    x = _inputs(info, seed)
+    x = info.random(SAMPLES, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _settled(space.build(candidate), x)
@@ -180,12 +180,6 @@ def _check_export(space: SearchSpace, genome: Genomes, info: TaskInfo, seed: int
     for what, said, found in zip(("MACs", "parameters"), described, counted, strict=True):
         require(said == found, f"{_at(space, genome)}: the parts have {said} {what}, the exported model {found}.")
     check_agreement(model, exported, x, _at(space, genome))
-
-
-def _inputs(info: TaskInfo, seed: int) -> torch.Tensor:
-    low, high = info.value_range
-    random = torch.rand((SAMPLES, *info.input_shape), generator=torch.Generator().manual_seed(seed))
-    return low + (high - low) * random
 
 
 def _settled(model: nn.Module, x: torch.Tensor) -> nn.Module:

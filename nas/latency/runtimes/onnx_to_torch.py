@@ -260,6 +260,9 @@ def _along(target: Callable[..., Any]) -> Callable[[Node], Call]:
 OPERATORS: dict[str, Callable[[Node], Call]] = {
     "Add": _arithmetic(torch.add), "Sub": _arithmetic(torch.sub), "Mul": _arithmetic(torch.mul),
     "Div": _div, "Pow": _arithmetic(torch.pow), "Equal": _function(torch.eq),
+    "Less": _function(torch.lt), "LessOrEqual": _function(torch.le), "Greater": _function(torch.gt),
+    "GreaterOrEqual": _function(torch.ge), "And": _function(torch.logical_and), "Not": _function(torch.logical_not),
+    "IsNaN": _function(torch.isnan), "CumSum": lambda n: (torch.cumsum, (n[0], n.constant(1)), {}),
     "MatMul": _function(torch.matmul), "Where": _function(torch.where), "Max": _function(torch.maximum),
     "Min": _function(torch.minimum),
     "Relu": _function(F.relu), "Sigmoid": _function(torch.sigmoid), "Tanh": _function(torch.tanh),

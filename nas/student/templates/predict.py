@@ -2,11 +2,13 @@
 
 python predict.py --selftest          prove that the model computes here what it computed where it was made
 python predict.py INPUT.npy           classify an array of raw inputs: one sample, or a batch of them
+python predict.py INPUT.txt           classify texts, one a line (a student of texts)
 python predict.py --benchmark         milliseconds of one inference on this machine
 """
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -29,7 +31,41 @@ def load(threads=1):
 
 def logits(session, x):
     """Logits [n, classes] of raw inputs [n, ...] in any numeric type."""
-    return session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(x, dtype=np.float32)})[0]
+    wanted = session.get_inputs()[0]
+    kind = np.int64 if wanted.type == "tensor(int64)" else np.float32
+    return session.run(None, {wanted.name: np.ascontiguousarray(x, dtype=kind)})[0]
+
+
+def tokens(texts):
+    """Numbers of tokens [n, length] of texts, as in training."""
+    if (HERE / "tokenizer.json").exists():
+        from tokenizers import Tokenizer  # of a tokenizer that was brought along: pip install tokenizers
+
+        tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
+        return np.array([one.ids for one in tokenizer.encode_batch(texts)], dtype=np.int64)
+    if not (HERE / "vocabulary.json").exists():
+        sys.exit("this student reads no texts; give a .npy file of raw inputs")
+    vocabulary = json.loads((HERE / "vocabulary.json").read_text(encoding="utf-8"))
+    numbers = {word: i for i, word in enumerate(vocabulary["tokens"])}
+    x = np.zeros((len(texts), vocabulary["length"]), dtype=np.int64)  # 0 is padding, 1 is what is unknown
+    for row, text in zip(x, texts, strict=True):
+        words = re.findall(vocabulary["pattern"], text.lower() if vocabulary["lower"] else text)
+        found = [numbers.get(word, 1) for word in words[: len(row)]] or [1]
+        row[: len(found)] = found
+    return x
+
+
+def read(path):
+    """Raw inputs of a file: an array, or texts."""
+    if path.lower().endswith(".txt"):
+        with open(path, encoding="utf-8") as file:
+            return tokens([line.rstrip("\n") for line in file])
+    x = np.load(path, allow_pickle=False)
+    spec = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))["input"]
+    low, high = spec["range"]
+    if spec["dtype"] == "int64" and (x.dtype.kind not in "iu" or (x.size and (x.min() < low or x.max() > high))):
+        sys.exit(f"{path} has values of {x.dtype}; expected numbers of tokens, whole, {low:g}..{high:g}")
+    return x
 
 
 def recorded():
@@ -54,7 +90,7 @@ def selftest(session):
 
 def benchmark(session):
     """Median and 95th percentile over a second of single inferences."""
-    x = recorded()["x"][:1].astype(np.float32)
+    x = recorded()["x"][:1]
     times, end = [], time.perf_counter() + 1.0
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -66,7 +102,7 @@ def benchmark(session):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", nargs="?", help="a .npy file of raw inputs")
+    parser.add_argument("input", nargs="?", help="a .npy file of raw inputs, or a .txt file of texts")
     parser.add_argument("--selftest", action="store_true")
     parser.add_argument("--benchmark", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
@@ -79,7 +115,7 @@ def main():
     if not options.input:
         parser.error("give an input file, --selftest or --benchmark")
     shape = session.get_inputs()[0].shape[1:]
-    x = np.load(options.input, allow_pickle=False)
+    x = read(options.input)
     x = x.reshape(-1, *shape) if x.size and x.size % int(np.prod(shape)) == 0 else x
     if list(x.shape[1:]) != list(shape):
         sys.exit(f"{options.input} has shape {x.shape}; expected one or more samples of shape {tuple(shape)}")
