@@ -218,6 +218,8 @@ def _layer_counts(structure: Structure, node: fx.Node, single: Sizes, plan: Plan
         rank = plan.get("low_rank", {}).get(path)
         weights = out * fan_in * taps if rank is None else rank * (fan_in * taps + out)
         return places * weights, weights + (out if has_bias else 0)
+    if isinstance(layer, nn.Embedding):
+        return 0, layer.num_embeddings * structure.axes.layers[path][1].sized(dict(single))
     if isinstance(layer, nn.LayerNorm):
         size = (
             structure.axes.layers[path][0].sized(dict(single))

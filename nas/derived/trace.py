@@ -228,7 +228,7 @@ def _linear(node: fx.Node, module: fx.GraphModule, parts: dict[str, Any]) -> tup
         return None
     path = re.sub(r"[._]weight$", "", target)
     layer = parts.get(path)
-    if not isinstance(layer, nn.Linear):
+    if type(layer) is not nn.Linear:
         with torch.random.fork_rng(devices=[]):
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
         layer.weight = weight

@@ -88,7 +88,7 @@ def export_float(model: nn.Module, sample: torch.Tensor) -> onnx.ModelProto:
         StudentError: the exporter cannot express the model.
     """
     exported = free_batch(_traced(model, (sample,), {}))
-    if _keeps_batch(exported, len(sample)):
+    if _keeps_batch(exported, len(sample)) or not _takes(exported, torch.cat([sample, sample[:1]])):
         # Somebody wrote the number of samples into a shape: x.view(x.shape[0], …). Then shapes must be computed.
         axes = {INPUT: {0: "batch"}, OUTPUT: {0: "batch"}}
         exported = free_batch(_constant_shapes(_traced(model, (sample,), axes), sample))
@@ -113,7 +113,8 @@ def _traced(
         try:
             torch.onnx.export(
                 model.eval(), samples, buffer, dynamo=False, opset_version=OPSET,
-                input_names=[INPUT, *(f"{INPUT}{i}" for i in range(1, len(samples)))], output_names=[OUTPUT], dynamic_axes=axes,
+                input_names=[INPUT, *(f"{INPUT}{i}" for i in range(1, len(samples)))], output_names=[OUTPUT],
+                dynamic_axes=axes,
             )  # fmt: skip
         except torch.onnx.OnnxExporterError as error:
             raise StudentError(
@@ -151,6 +152,15 @@ def _keeps_batch(model: onnx.ModelProto, batch: int) -> bool:
             if before.get(source) != after.get(source) and before.get(result, [0])[:1] == after.get(result, [0])[:1]:
                 return True
     return any(after.get(value.name, [])[:1] != [batch + 1] for value in model.graph.output)
+
+
+def _takes(model: onnx.ModelProto, x: torch.Tensor) -> bool:
+    """Whether a graph gives a row for every sample: what was repeated for a batch may be stored for that many."""
+    try:
+        (result,) = _values(model, [model.graph.output[0].name], x.numpy()).values()
+    except Exception:  # the runtime's own errors have no common base
+        return False
+    return len(result) == len(x)
 
 
 def _shapes_of_batch(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:
@@ -207,7 +217,9 @@ def _values(model: onnx.ModelProto, names: list[str], x: npt.NDArray[Any]) -> di
     probe.CopyFrom(model)
     del probe.graph.output[:]
     probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = ort.InferenceSession(probe.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"])
+    options = session_options(1)
+    options.log_severity_level = 4  # what fails here is an answer, and no news
+    session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return dict(zip(names, session.run(names, {probe.graph.input[0].name: x}), strict=True))
 
 
