@@ -550,7 +550,7 @@ class TextSpace(SearchSpace):
 def test_networks_with_random_weights_are_exported_with_random_tokens(task: TextClassification) -> None:
     space = TextSpace(task.info)
     for bits in (0, 1):
-        exported = onnx.load_from_string(untrained_onnx(None, (space, task.info, np.array([bits]))))
+        exported = onnx.load_from_string(untrained_onnx(space, task.info, np.array([bits])))
         assert any(node.op_type == "QuantizeLinear" for node in exported.graph.node) == bool(bits)
         assert OnnxRuntime().load(exported, threads=1, batch=1).outputs()[0].shape == (1, 2)
 

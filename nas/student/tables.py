@@ -126,10 +126,11 @@ def exported_nets(
 def untrained_nets(_shared: Any, item: tuple[SearchSpace, TaskInfo, Genomes]) -> list[bytes]:
     """The exported, compressed networks of genomes with random weights; time does not depend on them."""
     space, info, genomes = item
-    return [_untrained_onnx(space, info, genome) for genome in genomes]
+    return [untrained_onnx(space, info, genome) for genome in genomes]
 
 
-def _untrained_onnx(space: SearchSpace, info: TaskInfo, genome: Genomes) -> bytes:
+def untrained_onnx(space: SearchSpace, info: TaskInfo, genome: Genomes) -> bytes:
+    """The exported, compressed network of a genome with random weights, as bytes."""
     candidate = space.decode(genome)
     x = info.random(SAMPLE)
     with torch.random.fork_rng(devices=[]):
