@@ -23,7 +23,7 @@ from nas.ablation.result import write_result
 from nas.ablation.search import Contest, Found
 from nas.ablation.spec import CONTEST, TEST, Ablation, contest_folder, label, seed_folder
 from nas.controller import best
-from nas.errors import StudyError
+from nas.errors import BudgetError, StudyError
 from nas.evaluators import Distil
 from nas.evaluators.train import Lessons
 from nas.executors import Executor
@@ -168,8 +168,8 @@ class _Run:
             with job.executor(student) as workers:
                 contests = {target: self._contest(job, target, folders[target], workers) for target in todo}
                 if strict:
-                    for contest in contests.values():
-                        contest.job.check_budget(contest.estimator, contest.screen)
+                    for target, contest in contests.items():
+                        _check_target(target, contest)
                 for target, contest in contests.items():
                     write_json(folders[target] / CONTEST, self._held(contest, f"seed {seed}, {label(target)}"))
         self._test(seed, place, folders)
@@ -258,6 +258,18 @@ class _Run:
                 folder / TEST,
                 {arm: quality(folder / "finalists" / name / "model.onnx") for arm, name in named.items()},
             )
+
+
+def _check_target(target: float | str, contest: Contest) -> None:
+    """Raises BudgetError where nothing in the space meets the target."""
+    try:
+        contest.job.check_budget(contest.estimator, contest.screen)
+    except BudgetError as error:
+        raise BudgetError(
+            f"Target {label(target)}: {error.found}",
+            expected="targets that at least one candidate meets by prediction",
+            remedy="larger ones in --targets, or smaller values in the space",
+        ) from None
 
 
 def _arm(job: Job, found: Found, finalists: list[Finalist]) -> dict[str, Any]:

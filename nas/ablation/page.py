@@ -150,7 +150,7 @@ def _add_arm(drawn: Figure, arm: str, found: list[tuple[int, Record]]) -> None:
 def _table(result: Record) -> Html:
     lead = (
         "Means over the seeds. The difference is joint − arm in percentage points of test quality, paired by seed, "
-        "with the 95 % interval of the paired t statistic; it is in bold where the interval excludes zero. One seed has no "
+        "with the 95 % interval of the paired t statistic; in bold where the interval excludes zero. One seed has no "
         "interval."
     )
     rows = []
@@ -208,7 +208,7 @@ def _phases(result: Record) -> Html:
         "Each phase searches the choices of its technique and of the distillation; what comes later waits at its plain "
         "value, what came before stays at the best of the phase before. Training seconds are shared out by the number "
         "of combinations (log₂), what a phase leaves goes to the next, and nothing is trained twice. Budgets on the "
-        "way: every phase goes the same share of the way, on a logarithmic scale, that the latency table says is open to it."
+        "way: every phase goes the same share of the way that the latency table says is open to it, on a log scale."
     )
     head = ("seed", "target", "phase", "budget ms", "trainings", "training time")
     rows = [
@@ -222,11 +222,21 @@ def _phases(result: Record) -> Html:
 def ablation_table(result: Record) -> Table:
     """The comparison for a terminal."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, name in enumerate(HEAD):
+    # Eighty columns: the difference and its interval share one.
+    for i, name in enumerate((*HEAD[:3], "joint − arm, points", *HEAD[5:8], "training time")):
         table.add_column(Text(name.replace(" ", "\n")), justify="left" if i < 2 else "right", no_wrap=True)
     for item in result["comparison"]:
-        table.add_row(*map(Text, row_cells(item)), style="bold green" if item["arm"] == "joint" else "")
+        cells = row_cells(item)
+        short = [*cells[:3], _difference(item), *cells[5:8], cells[9]]
+        table.add_row(*map(Text, short), style="bold green" if item["arm"] == "joint" else "")
     return table
+
+
+def _difference(item: Record) -> str:
+    if item["difference"] is None:
+        return UNKNOWN
+    half = "" if item["half"] is None else f" ± {item['half']:.1f}"
+    return f"{item['difference']:+.1f}".replace("-", "−") + half
 
 
 def headline(result: Record) -> list[str]:
@@ -240,6 +250,6 @@ def headline(result: Record) -> list[str]:
     for item in result["comparison"]:
         if item["arm"] == "sequential" and item["difference"] is not None:
             sure = "clear of zero" if item["clear"] else "not clear of zero"
-            interval = "one seed, no interval" if item["half"] is None else f"± {item['half']:.1f}, {sure}"
+            interval = "one pair, no interval" if item["half"] is None else f"± {item['half']:.1f}, {sure}"
             said.append(f"{item['target']}: joint − sequential {points(item['difference'] / 100)} ({interval})")
     return said

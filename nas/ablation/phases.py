@@ -34,7 +34,7 @@ class Phase:
     Attributes:
         name: of :data:`ORDER`.
         columns: genes that it decides for good.
-        bits: log₂ of the number of their combinations; training seconds are shared out in proportion to it.
+        bits: log₂ of the number of their combinations.
     """
 
     name: str
@@ -73,6 +73,29 @@ def phases_of(space: SearchSpace) -> list[Phase]:
 def teaching_columns(space: SearchSpace) -> tuple[int, ...]:
     """Genes of the distillation: free in every phase, as they are for every candidate of the joint search."""
     return tuple(i for i, choice in enumerate(space.choices) if choice.technique == TEACHING)
+
+
+def share(seconds: float, left: Sequence[Phase], price: float | None, teaching: float) -> float:
+    """Training seconds of the first of the phases that are ``left``: in proportion to their bits.
+
+    A phase gets no more than it takes to train all that it can choose; the others get what it cannot use.
+
+    Args:
+        price: mean seconds of a training, where it is known.
+        teaching: bits of the distillation's choices, which are free in every phase.
+    """
+    waiting = {phase.name: phase.bits for phase in left}
+    given: dict[str, float] = {}
+    while True:
+        each = {name: seconds * bits / sum(waiting.values()) for name, bits in waiting.items()}
+        full = {name: (price or math.inf) * 2 ** (waiting[name] + teaching) for name in waiting}
+        if not (served := {name: full[name] for name in waiting if full[name] < each[name]}):
+            return (given | each)[left[0].name]
+        given |= served
+        seconds -= sum(served.values())
+        waiting = {name: bits for name, bits in waiting.items() if name not in served}
+        if not waiting:
+            return given[left[0].name]
 
 
 def plain_genome(space: SearchSpace) -> Genomes:

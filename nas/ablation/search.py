@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nas.ablation.phases import Phase, budgets, can_go_on, phases_of, plain_genome, teaching_columns
+from nas.ablation.phases import Phase, budgets, can_go_on, phases_of, plain_genome, share, teaching_columns
 from nas.arms import recorded_in
 from nas.controller import Budget, SearchController, best, objective
 from nas.errors import BudgetError, SpaceError
@@ -27,6 +27,7 @@ from nas.space import Genomes, Value
 from nas.study import Study, Trial
 
 RANDOM_SEED = 10_000  # added to the seed, as for the random baseline of a run
+COUNTABLE = 20_000  # genomes of a space that is looked through for how many candidates there are
 SOME = 1e-9  # seconds: where phases before took everything, a phase still trains one candidate
 
 
@@ -103,6 +104,26 @@ class Contest:
         """
         return SEARCHES[arm](self, seconds, price)
 
+    def _different(
+        self, job: Job, masks: Masks, estimator: CostEstimator, screen: tuple[Limit, ...],
+        enqueue: Sequence[Mapping[str, Value]],
+    ) -> int:  # fmt: skip
+        """How many candidates there are to try, where they can be counted: a strategy would look for more in vain.
+
+        Raises:
+            BudgetError: there are none.
+        """
+        space = job.space
+        if space.size > COUNTABLE:
+            return sys.maxsize
+        sizes = tuple(space.cardinalities.tolist())
+        genomes = masks.repair(np.indices(sizes).reshape(len(sizes), -1).T.astype(np.int64))
+        genomes = np.concatenate([genomes, *(space.encode(one)[None] for one in enqueue)])
+        feasible = violation(estimator.price(genomes), estimator.costs, screen) == 0
+        if not feasible.any():
+            raise BudgetError(f"None of its {space.size} candidates meets the budget by prediction.")
+        return len(set(space.canonical_ids(genomes[feasible])))
+
     def run(
         self, name: str, budget: Budget, *, random: bool = False, limits: Sequence[Limit] | None = None,
         space: Frozen | None = None, known: Mapping[str, Trial] | None = None,
@@ -136,7 +157,7 @@ class Contest:
             reward=reward,
             limits=screen,
             study=study,
-            budget=budget,
+            budget=replace(budget, trials=min(budget.trials, self._different(job, masks, estimator, screen, enqueue))),
             batch=_batch(e.search.batch, budget.training, price),
             on_trial=told,
             enqueue=enqueue,
@@ -232,24 +253,25 @@ def _sequential(contest: Contest, seconds: float | None, price: float | None) ->
     space, estimator, budget = contest.job.space, contest.estimator, _given(seconds)
     margins = {limit.cost: 1 - s.limit / limit.limit for limit, s in zip(contest.limits, contest.screen, strict=True)}
     found, left = Found(), phases_of(space)
+    teaching = math.log2(math.prod(len(space.choices[i].values) for i in teaching_columns(space)))
     genome, start = plain_genome(space), dict(contest.whole)
     known: dict[str, Trial] = {}
     incumbent: list[dict[str, Value]] = []
     for number, phase in enumerate(phases_of(space), start=1):
         limits = budgets(contest.limits, margins, start, estimator, space, genome, left)
         view = _view(contest, phase, genome)
-        share = (budget - found.train_seconds) * phase.bits / sum(other.bits for other in left)
+        seconds = share(budget - found.train_seconds, left, price, teaching)
         enqueue = [{c.name: one[c.name] for c in view.choices} for one in incumbent]
         name = f"sequential-{number}-{phase.name}"
         entry: dict[str, Any] = {
             "name": phase.name, "limits": {limit.cost: limit.limit for limit in limits},
-            "free": [choice.name for choice in view.choices], "seconds": share, "evaluations": 0,
+            "free": [choice.name for choice in view.choices], "seconds": seconds, "evaluations": 0,
             "train_seconds": 0.0, "best": None,
         }  # fmt: skip
         found.phases.append(entry)
         try:
             trials = contest.run(
-                name, Budget(sys.maxsize, training=max(share, SOME)), limits=limits, space=view, known=known,
+                name, Budget(sys.maxsize, training=max(seconds, SOME)), limits=limits, space=view, known=known,
                 enqueue=enqueue, price=price,
             )  # fmt: skip
         except BudgetError as error:
