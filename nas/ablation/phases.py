@@ -7,7 +7,7 @@ of APQ, Wang et al. 2020): the best of each phase goes on, and what the followin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from nas.errors import ExperimentError
 from nas.latency import CostEstimator
 from nas.reward import Limit
-from nas.space import Genomes, SearchSpace
+from nas.space import Genomes, SearchSpace, Value
 
 #: Phase → the techniques whose choices it searches. Those of the distillation are free in all of them.
 ORDER = {
@@ -34,7 +34,7 @@ class Phase:
     Attributes:
         name: of :data:`ORDER`.
         columns: genes that it decides for good.
-        bits: log₂ of the number of their combinations.
+        bits: log₂ of the number of their combinations that may pay.
     """
 
     name: str
@@ -42,8 +42,11 @@ class Phase:
     bits: float
 
 
-def phases_of(space: SearchSpace) -> list[Phase]:
+def phases_of(space: SearchSpace, masked: Collection[tuple[str, Value]] = ()) -> list[Phase]:
     """The phases that have something to choose, in their order.
+
+    Args:
+        masked: choice and value of what pays nowhere on this device: it does not count in the phases' bits.
 
     Raises:
         ExperimentError: there are fewer than two, or a compression choice has no plain value to wait at.
@@ -52,7 +55,8 @@ def phases_of(space: SearchSpace) -> list[Phase]:
     for name, techniques in ORDER.items():
         columns = tuple(i for i, c in enumerate(space.choices) if c.technique in techniques and len(c.values) > 1)
         if columns:
-            found.append(Phase(name, columns, sum(math.log2(len(space.choices[i].values)) for i in columns)))
+            paying = [[v for v in c.values if (c.name, v) not in masked] for c in (space.choices[i] for i in columns)]
+            found.append(Phase(name, columns, sum(math.log2(len(values)) for values in paying)))
     if len(found) < 2:
         only = f"only {found[0].name}" if found else "nothing"
         raise ExperimentError(
@@ -84,6 +88,8 @@ def share(seconds: float, left: Sequence[Phase], price: float | None, teaching: 
         price: mean seconds of a training, where it is known.
         teaching: bits of the distillation's choices, which are free in every phase.
     """
+    if not any(phase.bits for phase in left):
+        return seconds
     waiting = {phase.name: phase.bits for phase in left}
     given: dict[str, float] = {}
     while True:
@@ -94,8 +100,8 @@ def share(seconds: float, left: Sequence[Phase], price: float | None, teaching: 
         given |= served
         seconds -= sum(served.values())
         waiting = {name: bits for name, bits in waiting.items() if name not in served}
-        if not waiting:
-            return given[left[0].name]
+        if not any(waiting.values()):
+            return given.get(left[0].name, seconds)
 
 
 def plain_genome(space: SearchSpace) -> Genomes:

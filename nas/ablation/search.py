@@ -252,12 +252,14 @@ def _sequential(contest: Contest, seconds: float | None, price: float | None) ->
     """Architecture, then pruning and ranks, then bits and codebooks: the best of each phase goes on to the next."""
     space, estimator, budget = contest.job.space, contest.estimator, _given(seconds)
     margins = {limit.cost: 1 - s.limit / limit.limit for limit, s in zip(contest.limits, contest.screen, strict=True)}
-    found, left = Found(), phases_of(space)
+    masks = contest.job.masks(estimator, contest.screen, contest.reward)
+    masked = {(form.choices[0], form.value) for form in masks.forms if form.everywhere and form.value is not None}
+    found, left = Found(), phases_of(space, masked)
     teaching = math.log2(math.prod(len(space.choices[i].values) for i in teaching_columns(space)))
     genome, start = plain_genome(space), dict(contest.whole)
     known: dict[str, Trial] = {}
     incumbent: list[dict[str, Value]] = []
-    for number, phase in enumerate(phases_of(space), start=1):
+    for number, phase in enumerate(list(left), start=1):
         limits = budgets(contest.limits, margins, start, estimator, space, genome, left)
         view = _view(contest, phase, genome)
         seconds = share(budget - found.train_seconds, left, price, teaching)
