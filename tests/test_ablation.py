@@ -487,7 +487,8 @@ def test_an_ablation_is_killed_resumed_and_finished(prepared: Path, capsys: pyte
     contests = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/contest.json")}
     (folder / "ablation.html").unlink()
     done = nas(prepared, *asked, "--resume")
-    assert done.wait(200) == 0
+    done.communicate(timeout=200)
+    assert done.returncode == 0
     assert {path: path.stat().st_mtime_ns for path in contests} == contests
     (folder / "ablation.html").unlink()
     assert main(["report", str(folder)]) == 0
