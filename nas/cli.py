@@ -1,4 +1,4 @@
-"""The command line: search, sweep, compress, export, profile, tables, … The only place that prints and exits."""
+"""The command line: search, sweep, ablate, compress, export, … The only place that prints and exits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nas import __version__, commands_compress, commands_tables
+from nas import __version__, commands_ablate, commands_compress, commands_tables
 from nas.errors import ExperimentError, NasError
 
 console = Console(highlight=False)
@@ -95,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--dry-run", action="store_true", help="check everything, and say what would be done")
     sweep.set_defaults(function=_sweep)
 
+    commands_ablate.add_parser(commands, common).set_defaults(function=_ablate)
+
     profile = commands.add_parser(
         "profile", parents=[common], help="build a latency table for this device, or for one far away"
     )
@@ -154,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     front.set_defaults(function=_front)
 
     report = commands.add_parser("report", parents=[common], help="write a run's report.html again and print its table")
-    report.add_argument("run", type=Path, help="run or sweep folder")
+    report.add_argument("run", type=Path, help="run, sweep or ablation folder")
     report.set_defaults(function=_report)
 
     listing = commands.add_parser("list", parents=[common], help="what is there: spaces, strategies, runs, …")
@@ -215,6 +217,26 @@ def _print_sweep(folder: Path) -> None:
     result = read_result(folder)
     console.print(sweep_table(result))
     for line in [*headline(result), f"report: {folder / 'report.html'}"]:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _ablate(options: argparse.Namespace) -> int:
+    ablation, folder = commands_ablate.asked(options)
+    if options.dry_run:
+        for line in commands_ablate.forecast(ablation):
+            console.print(escape(line), soft_wrap=True)
+        return 0
+    bar = Bar()
+    with bar.progress:
+        commands_ablate.run(ablation, folder, options.resume, bar)
+    _print_ablation(folder)
+    return 0
+
+
+def _print_ablation(folder: Path, again: bool = False) -> None:
+    table, lines = commands_ablate.said(folder, again=again)
+    console.print(table)
+    for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 
 
@@ -309,6 +331,9 @@ def _report(options: argparse.Namespace) -> int:
         write_sweep_report(options.run)
         _print_sweep(options.run)
         return 0
+    if commands_ablate.is_ablation(options.run):
+        _print_ablation(options.run, again=True)
+        return 0
     from nas.report import write_report
 
     write_report(options.run)
@@ -359,7 +384,8 @@ def _names(kind: str) -> list[str]:
         cached = sorted((cache_dir() / "tables").glob("*.json"))
         return [*content.available("latency_tables"), *map(str, cached)]
     if kind == "runs":
-        begun = (path for name in ("experiment.yaml", "sweep.yaml") for path in Path("runs").glob(f"*/{name}"))
+        kept = ("experiment.yaml", "sweep.yaml", "ablation.yaml")
+        begun = (path for name in kept for path in Path("runs").glob(f"*/{name}"))
         return sorted({str(path.parent) for path in begun})
     return list(_registries()[kind])
 

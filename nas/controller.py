@@ -56,10 +56,19 @@ ROUNDING = 1e-9  # of a training: sums of fidelities such as 1/9 are not exact
 
 @dataclass(frozen=True)
 class Budget:
-    """When a search ends: after evaluations worth ``trials`` full trainings or ``seconds``, whichever comes first."""
+    """When a search ends: at whichever of these comes first.
+
+    Args:
+        trials: full trainings that the evaluations are worth.
+        seconds: of the clock.
+        training: seconds that the evaluations took, added up over all workers. So that the last batch does not run
+            over, no more are asked for than the rest buys at what they took so far; a study that is resumed holds what
+            they took, and ends where it would have ended.
+    """
 
     trials: int
     seconds: float = math.inf
+    training: float = math.inf
 
 
 @dataclass
@@ -154,11 +163,21 @@ class SearchController:
         """
         done = bisect_right(self._numbers, trials[-1].index) if trials else 0
         recorded = self._recorded[self._numbers[done]].batch if done < len(self._numbers) else 0
-        return min(recorded or self.batch, math.ceil(left - ROUNDING))
+        return min(recorded or min(self.batch, self._affordable(trials)), math.ceil(left - ROUNDING))
+
+    def _affordable(self, trials: list[Trial]) -> int:
+        """How many evaluations the rest of the training seconds buys, to the nearest whole one."""
+        left = self.budget.training - math.fsum(trial.seconds for trial in trials)
+        if math.isinf(left) or left <= 0:
+            return self.batch if left > 0 else 0
+        paid = [trial.seconds for trial in trials if trial.seconds > 0]
+        return round(left * len(paid) / math.fsum(paid)) if paid else self.batch
 
     def _has_time(self, trials: list[Trial]) -> bool:
         """Whether to go on: what is recorded is always gone through, whatever the clock says."""
-        return len(trials) < len(self._recorded) or time.monotonic() - self._start < self.budget.seconds
+        if len(trials) < len(self._recorded):
+            return True
+        return time.monotonic() - self._start < self.budget.seconds and self._affordable(trials) > 0
 
     # ---- what comes from elsewhere ----------------------------------------------------------------
 
