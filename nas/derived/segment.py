@@ -227,6 +227,8 @@ def _layer_counts(structure: Structure, node: fx.Node, single: Sizes, plan: Plan
             else math.prod(layer.normalized_shape)
         )
         return 0, size * 2
+    if isinstance(layer, nn.GroupNorm) and layer.affine:
+        return 0, layer.num_channels  # its offset is an addition of its own
     return None
 
 

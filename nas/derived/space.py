@@ -101,6 +101,9 @@ class DerivedSpace(SearchSpace):
             if drop and not any(self._skipped(str(n.target)) for n in block.branch if n.op == "call_module")
         ]  # fmt: skip
         self._by_output = {block.output: block for block in self.blocks}
+        #: Values along many additions, of one shape and precision whichever blocks are kept; the last of each chain.
+        self._chained: set[fx.Node] = set()
+        self._ends: set[fx.Node] = set()
         self._values = {"prune": tuple(prune), "bits": tuple(bits), "rank": tuple(ranks)}
         self._gene_of = self._shared_groups()
         self._bits_of = self._shared_bits()
@@ -179,6 +182,8 @@ class DerivedSpace(SearchSpace):
             paths = [path for path in paths if path in gene]
             if len(blocks) > CHAIN and paths:
                 gene |= dict.fromkeys(paths, f"{paths[0]}.bits")
+                self._chained |= {start, *(block.output for block in blocks)}
+                self._ends.add(blocks[-1].output)
         return gene
 
     def _sources(self, node: fx.Node) -> list[str]:
@@ -253,8 +258,11 @@ class DerivedSpace(SearchSpace):
         return bool(c[gene]) if gene in self._offered else True
 
     def _read(self, c: Candidate, node: fx.Node) -> fx.Node:
-        """The node that is read where ``node`` was."""
-        while (block := self._by_output.get(node)) is not None and not self._keeps(c, block):
+        """The node that is read where ``node`` was; along a chain it makes no difference."""
+        while node not in self._chained:
+            block = self._by_output.get(node)
+            if block is None or self._keeps(c, block):
+                break
             node = block.shortcut
         return node
 
@@ -291,6 +299,8 @@ class DerivedSpace(SearchSpace):
         Args:
             asked: by what the genes ask for, and not by what the runtime makes of it.
         """
+        if node in self._chained:
+            return self._asked(c, self._sources(node)[0]) <= 8
         node = self._read(c, node)
         layer = self.structure.layer(node)
         if isinstance(layer, nn.Conv2d):
@@ -382,7 +392,7 @@ class DerivedSpace(SearchSpace):
 
         The quantiser lets all readers of a value read what was quantised for one of them.
         """
-        if self._dropped(c, node) or self._read(c, node) is not node:
+        if node not in self._ends and (self._dropped(c, node) or self._read(c, node) is not node):
             return None
         own = self._integers(c, node)
         readers = self._alive_readers(c, node)
@@ -405,6 +415,8 @@ class DerivedSpace(SearchSpace):
             elif user.op != "call_method" and self._home.get(user) is not home and not self._dropped(c, user):
                 found.append(user)
         for block in self.blocks:
+            if node in self._chained:
+                break  # whoever reads through a chain reads its end
             if block.shortcut is node and not self._keeps(c, block) and not self._hidden(c, block):
                 found += self._alive_readers(c, block.output)
         return found
@@ -425,18 +437,20 @@ class DerivedSpace(SearchSpace):
     # ---- what is trained -----------------------------------------------------------------------------------
 
     def _treatments(self) -> dict[str, Treatment]:
-        found: dict[str, Treatment] = {}
-        for path in self.structure.layers:
-            found[path] = partial(self._treated, path=path)
-        found["distillation"] = self._distilled
-        return found
+        # Their order is that of the passes: layers are split before they are quantised.
+        ranks: dict[str, Treatment] = {
+            f"{path}.rank": partial(self._treated, path=path, technique="low_rank") for path in self.layers
+        }
+        bits: dict[str, Treatment] = {
+            f"{path}.bits": partial(self._treated, path=path, technique="quantize") for path in self.structure.layers
+        }
+        return {**ranks, **bits, "distillation": self._distilled}
 
-    def _treated(self, c: Candidate, path: str) -> Training | None:
-        node = self._called[path]
-        if self._dropped(c, node):
+    def _treated(self, c: Candidate, path: str, technique: str) -> Training | None:
+        if self._dropped(c, self._called[path]):
             return None
         plan = self._plan(c, path, self._sizes(c, _variables(self.axes.layers[path])))
-        return Training(compression=plan) if plan else None
+        return Training(compression={technique: plan[technique]}) if technique in plan else None
 
     @cached_property
     def _called(self) -> dict[str, fx.Node]:
