@@ -34,6 +34,7 @@ def forecast(experiment: Experiment) -> list[str]:
     lines = [
         f"task {experiment.task.data}: " + ", ".join(f"{len(job.task.split(s)[1])} {s}" for s in ("train", "valid")),
         f"space {space.name}: {len(space.choices)} choices, {space.size:,} genomes, {len(space.keys())} distinct parts",
+        *space.remarks(),
         f"device {job.device.name}, {job.workers} workers",
     ]
     table_lines, table_seconds, typical = _table(job)

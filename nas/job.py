@@ -478,6 +478,8 @@ def execute(experiment: Experiment, run: Path, *, resume: bool = False, progress
         job = Job(experiment, run, progress or Silent())
         job.check_search()
         job.check_keys()
+        for remark in job.space.remarks():
+            job.progress.note(remark)
         for name, other in job.others.items():
             other.save(run / f"table-{name}.json")
         with job.executor(job.untaught) as workers:

@@ -138,6 +138,10 @@ class SearchSpace(abc.ABC):
         """Uniformly compressed members: the cheap baseline that a search must beat."""
         return self.ladder()
 
+    def remarks(self) -> list[str]:
+        """What a user should know of this space before it is searched, a line each (default: nothing)."""
+        return []
+
     # ---- genomes and candidates -------------------------------------------------------------
 
     @cached_property

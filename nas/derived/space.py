@@ -497,15 +497,28 @@ class DerivedSpace(SearchSpace):
             values[choice.name] = value if value in choice.values else choice.values[0]
         return Candidate(values)
 
-    def report(self) -> list[str]:
-        """What may be chosen, and what stays as it is and why, a line each."""
-        lines = [f"{g.name}: {g.variable.size} {g.variable.role or 'channels'}" for g in self.groups]
-        lines += [f"{block.name}: a residual branch that may be left out" for block in self.blocks]
-        tied = {
-            v: path for path, (_, out) in self.axes.layers.items() for v in out.variables if v.tied
-        }  # fmt: skip
-        lines += [f"{path}: {v.size} outputs stay, {v.tied}" for v, path in tied.items()]
+    def remarks(self) -> list[str]:
+        """How much may be chosen, and what stays as it is and why, a line each."""
+        pruned = len(set(self._gene_of.values()))
+        lines = [
+            f"of the model, {pruned} groups of channels, units or heads may be pruned, {len(self.layers)} layers "
+            f"quantised and {len(self.blocks)} residual branches left out"
+        ]
+        output = set(self.axes.of[self.structure.output][-1].variables)
+        for path, (_, out) in self.axes.layers.items():
+            alone = [term[0] for term in out.terms if len(term) == 1]  # not the 3 in three times the heads
+            lines += [
+                f"{path}: {v.size} outputs stay, {v.tied}" for v in alone
+                if isinstance(v, Var) and v.tied and v not in output and path in self.layers
+            ]  # fmt: skip
         return lines + self.axes.notes
+
+    def report(self) -> list[str]:
+        """Every group, layer and branch that may be chosen, then the remarks, a line each."""
+        lines = [f"{g.name}: {g.variable.size} {g.variable.role or 'channels'}" for g in self.groups]
+        lines += [f"{path}: bits{' and rank' if self._splits(path) else ''}" for path in self.layers]
+        lines += [f"{block.name}: a residual branch that may be left out" for block in self.blocks]
+        return lines + self.remarks()
 
 
 def _again(task: TaskInfo, model: nn.Module, options: dict[str, Any]) -> DerivedSpace:
