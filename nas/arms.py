@@ -18,6 +18,7 @@ from nas.locks import cache_lock
 from nas.masks import Masks
 from nas.progress import Progress
 from nas.reward import Limit, Reward, violation
+from nas.space import Value
 from nas.student.finalists import Entrant, Finalist, Session, judge, measure_models, train_finalists
 from nas.student.tables import cached_path
 from nas.study import Study, Trial, trainings
@@ -61,7 +62,7 @@ def search_arm(
         budget=Budget(e.search.trials, e.search.seconds),
         batch=e.search.batch,
         on_trial=watch,
-        enqueue=e.search.enqueue if own else (),
+        enqueue=[*e.search.enqueue, *warm_starts(job, estimator, limits)] if own else (),
         earlier=job.earlier if own else (),
         retries=e.search.retries,
     )
@@ -118,6 +119,19 @@ def _uniform(job: Job, estimator: CostEstimator, limits: tuple[Limit, ...], coun
         )
         for i in spread(order.tolist(), count)
     ]  # fmt: skip
+
+
+def warm_starts(job: Job, estimator: CostEstimator, limits: tuple[Limit, ...]) -> list[dict[str, Value]]:
+    """The ``search.warm`` slowest uniformly compressed members within the budget: what the search tries first."""
+    if not job.experiment.search.warm:
+        return []
+    members = np.array([job.space.encode(c) for c in job.space.uniform()])
+    costs = estimator.price(members)
+    within = np.flatnonzero(violation(costs, estimator.costs, limits) == 0)
+    order = within[np.argsort(-costs[within, estimator.costs.index(LATENCY)], kind="stable")]
+    different = dict(zip(job.space.canonical_ids(members[order])[::-1], order[::-1].tolist(), strict=True))
+    first = sorted(different.values(), key=order.tolist().index)[: job.experiment.search.warm]
+    return [job.space.decode(members[i]).as_dict() for i in first]
 
 
 def measure_finalists(

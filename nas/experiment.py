@@ -16,7 +16,7 @@ from nas.errors import ExperimentError
 from nas.tabular import PublishedSpace
 
 SCHEMA = "docs/experiment.md"
-FIRST = ("enqueue", "earlier")
+FIRST = ("warm", "enqueue", "earlier")
 DERIVED = "derived"  # the space that is made of a user's model
 
 
@@ -168,8 +168,8 @@ class BudgetSection(Section):
 class SearchSection(Section):
     """How much is tried, and what is known or wanted before the strategy is asked.
 
-    ``batch``, ``mask``, ``enqueue`` and ``earlier`` belong to the experiment; ``workers`` to the machine (0: this
-    process).
+    ``batch``, ``mask``, ``warm``, ``enqueue`` and ``earlier`` belong to the experiment; ``workers`` to the machine (0:
+    this process).
     """
 
     trials: int = Field(24, ge=1)
@@ -178,6 +178,7 @@ class SearchSection(Section):
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     retries: int = Field(0, ge=0, le=1)
     mask: bool = True
+    warm: int = Field(0, ge=0)
     enqueue: tuple[dict[str, bool | int | float | str], ...] = ()
     earlier: tuple[str, ...] = ()
 

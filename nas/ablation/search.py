@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nas.ablation.phases import Phase, budgets, can_go_on, phases_of, plain_genome, share, teaching_columns
-from nas.arms import recorded_in
+from nas.arms import recorded_in, warm_starts
 from nas.controller import Budget, SearchController, best, objective
 from nas.errors import BudgetError, SpaceError
 from nas.evaluators.base import Evaluation
@@ -209,7 +209,8 @@ def _joint(contest: Contest, seconds: float | None, price: float | None) -> Foun
     """Every choice at once, by the experiment's own strategy."""
     trials = contest.job.experiment.search.trials
     budget = Budget(trials) if seconds is None else Budget(sys.maxsize, training=seconds)
-    return _single(contest, "joint", budget, price=price)
+    first = warm_starts(contest.job, contest.estimator, contest.screen)
+    return _single(contest, "joint", budget, price=price, enqueue=first)
 
 
 def _random(contest: Contest, seconds: float | None, price: float | None) -> Found:
