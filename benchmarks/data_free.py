@@ -50,7 +50,8 @@ class Block(nn.Module):
 
 
 class ResidualNet(nn.Module):
-    """Raw images → logits; a stem and three stages of one block each, at 1, ½ and ¼ of the sides."""
+    """Raw images → logits; a stem and three stages of one block each. The second and third halve
+    the sides, and so does the stem where they are beyond 16 pixels."""
 
     mean: Tensor
     std: Tensor
@@ -59,8 +60,9 @@ class ResidualNet(nn.Module):
         super().__init__()
         for name, values in (("mean", info.mean), ("std", info.std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
+        stride = 2 if info.input_shape[1] > 16 else 1
         self.body = nn.Sequential(
-            nn.Conv2d(info.input_shape[0], width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(info.input_shape[0], width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
             Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, info.classes),
         )  # fmt: skip
@@ -138,8 +140,9 @@ def main() -> None:
     parser.add_argument("--gan", default="{}", metavar="JSON", help="options of the GAN that differ from the defaults")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for seed in map(int, options.seeds.split(",")) for row in run(options, seed)]
-    print(f"\n| trained on | test accuracy, % (mean ± std, {len(options.seeds.split(','))} seeds) | seconds |\n|---|---|---|")
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    rows = [row for seed in seeds for row in run(options, seed)]
+    print(f"\n| trained on | test accuracy, % (mean ± std, {len(seeds)} seeds) | seconds |\n|---|---|---|")
     for name in ["teacher", *options.sources.split(",")]:
         mine = [row for row in rows if row["source"] == name]
         scores = 100 * np.array([row["accuracy"] for row in mine])

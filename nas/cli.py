@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nas import __version__, commands_tables
+from nas import __version__, commands_synthesise, commands_tables
 from nas.errors import ExperimentError, NasError
 
 console = Console(highlight=False)
@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.set_defaults(function=_profile)
 
     commands_tables.add_parser(commands, common).set_defaults(function=_tables)
+    commands_synthesise.add_parser(commands, common).set_defaults(function=_tables)
 
     front = commands.add_parser(
         "front", parents=[common], help="a run's Pareto front and best candidate under any reward; trains nothing"

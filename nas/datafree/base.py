@@ -76,7 +76,7 @@ def frozen(teacher: nn.Module, info: TaskInfo) -> nn.Module:
         raise DataError(f"The value range is {low} to {high}.", expected="two finite values, the lower one first")
     copied = copy.deepcopy(teacher).requires_grad_(False)
     check_output(copied, info, "teacher")
-    return copied.eval()
+    return copied.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def check_output(model: nn.Module, info: TaskInfo, what: str) -> None:

@@ -132,9 +132,7 @@ def synthesise(
         student = opponent(info)
     late = recipe.rounds - recipe.rounds // 2
     share = -(-n // late)
-    kept = [
-        fresh[:share] for i, fresh in enumerate(lessons(ready, student, recipe, seed)) if i >= recipe.rounds - late
-    ]
+    kept = [fresh[:share] for i, fresh in enumerate(lessons(ready, student, recipe, seed)) if i >= recipe.rounds - late]
     found = torch.cat(kept)[-n:]
     return found if len(found) == n else torch.cat([found, ready.batch(n - len(found))])
 
@@ -167,6 +165,7 @@ def lessons(source: Source, student: nn.Module, recipe: Recipe, seed: int) -> It
         TrainingError: a loss is not finite, or the time is up.
     """
     deadline = time.monotonic() + recipe.seconds
+    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster on a CPU
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(student.parameters(), lr=recipe.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.rounds * recipe.steps, recipe.lr / 100)

@@ -78,6 +78,7 @@ class Gan(Source):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = Generator(image_shape(info), info.value_range, latent, width)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=lr, betas=(0.5, 0.999))
         self.terms: dict[str, float] = {}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,15 +30,16 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         channels, *side = shape
-        self.sizes = doublings((side[0], side[1]))
+        smallest, *self.sizes = doublings((side[0], side[1]))
+        self.sizes = self.sizes or [smallest]
         self.low, self.span = value_range[0], value_range[1] - value_range[0]
-        widths = [width * 2**k for k in range(len(self.sizes))][::-1]
-        self.first = (widths[0], *self.sizes[0])
+        widths = [width * 2**k for k in range(len(self.sizes) + 1)][::-1]
+        self.first = (widths[0], *smallest)
         self.start = nn.Linear(latent, self.first[0] * self.first[1] * self.first[2])
         self.norm = _norm(widths[0])
         self.ups = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), _norm(b), nn.LeakyReLU(0.2))
-            for a, b in zip(widths, [*widths[1:], width], strict=True)
+            for a, b in pairwise(widths)
         )
         self.last = nn.Conv2d(width, channels, 3, padding=1)
 
@@ -46,7 +49,7 @@ class Generator(nn.Module):
     def logits(self, z: Tensor) -> Tensor:
         """Images before the sigmoid that brings them into the value range."""
         x = F.leaky_relu(self.norm(self.start(z).view(-1, *self.first)), 0.2)
-        for size, up in zip([*self.sizes[1:], self.sizes[-1]], self.ups, strict=True):
+        for size, up in zip(self.sizes, self.ups, strict=True):
             x = up(x if x.shape[2:] == torch.Size(size) else F.interpolate(x, size=size))
         result: Tensor = self.last(x)
         return result

@@ -110,31 +110,51 @@ def own_teacher(model: str, weights: str, task: Task, folder: Path) -> Teacher:
         ContentError: module or weights cannot be loaded.
         DataError: it does not map the task's inputs to its classes.
     """
+    module = own_module(model, weights)
+    quality = valid_quality(module, task)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "teacher.onnx").unlink(missing_ok=True)  # the weights may have changed since it was written
+    return Teacher(module.eval(), _export(module, task, folder), None, quality, [quality])
+
+
+def own_module(model: str, weights: str | None) -> nn.Module:
+    """What the function ``module:build`` returns, with the weights of a safetensors file, in evaluation mode.
+
+    Raises:
+        ContentError: module or weights cannot be loaded.
+    """
     module = import_object(model, "teacher")()
     if not isinstance(module, nn.Module):
         raise ContentError(f"{model} returned {type(module).__name__}.", expected="a torch.nn.Module")
+    return module.eval() if weights is None else with_weights(module, weights, model)
+
+
+def with_weights(module: nn.Module, weights: str | Path, name: str) -> nn.Module:
+    """``module`` with the weights of a safetensors file, in evaluation mode; raises as :func:`own_module` does."""
     path = Path(weights)
     if not path.is_file():
-        raise ContentError(
-            f"There are no weights at {path}.", expected="a .safetensors file", remedy="check teacher.weights"
-        )
+        raise ContentError(f"There are no weights at {path}.", expected="a .safetensors file", remedy="check the path")
     try:
         module.load_state_dict(load_file(path))
     except Exception as error:
-        raise ContentError(f"{path} does not fit {model}: {error}.", expected="the module's own state_dict") from error
+        raise ContentError(f"{path} does not fit {name}: {error}.", expected="the module's own state_dict") from error
+    return module.eval()
+
+
+def valid_quality(module: nn.Module, task: Task) -> float:
+    """Quality of the user's module on validation data.
+
+    Raises:
+        DataError: it does not map the task's inputs to its classes.
+    """
     x, y = task.split("valid")
     try:
         logits = predict(module, x)
     except Exception as error:
-        raise DataError(
-            f"The teacher fails on inputs {tuple(x.shape)}: {error}.", expected="raw task inputs"
-        ) from error
+        raise DataError(f"The model fails on inputs {tuple(x.shape)}: {error}.", expected="raw task inputs") from error
     if logits.shape != (len(x), task.info.classes):
-        raise DataError(f"The teacher's output has shape {logits.shape}.", expected=f"{(len(x), task.info.classes)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "teacher.onnx").unlink(missing_ok=True)  # the weights may have changed since it was written
-    quality = task.evaluate(logits, y.numpy())[task.metric]
-    return Teacher(module.eval(), _export(module, task, folder), None, quality, [quality])
+        raise DataError(f"The model's output has shape {logits.shape}.", expected=f"{(len(x), task.info.classes)}")
+    return task.evaluate(logits, y.numpy())[task.metric]
 
 
 def _export(module: nn.Module, task: Task, folder: Path) -> Path:
