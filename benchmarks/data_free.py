@@ -112,7 +112,7 @@ def run(options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     print(json.dumps(rows[0]), flush=True)
     recipe = Recipe(rounds=options.rounds, steps=options.steps, batch_size=options.batch)
     for name in options.sources.split(","):
-        settings = json.loads(options.gan) if name == "GAN" else {}
+        settings = json.loads({"GAN": options.gan, "VAE": options.vae}.get(name, "{}"))
         student, start = make(task.info, options.width // 2, seed + 1000), time.perf_counter()
         images = task.split("train")[0] if name in ("VAE", "real") else None
         distil_without_data(
@@ -133,11 +133,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16, help="of the teacher's stem; the student has half")
     parser.add_argument("--epochs", type=int, default=4, help="of the teacher")
     parser.add_argument("--shift", type=int, default=0, help="augmentation of the teacher's training, pixels")
-    parser.add_argument("--rounds", type=int, default=600, help="of a student's training")
+    parser.add_argument("--rounds", type=int, default=400, help="of a student's training")
     parser.add_argument("--steps", type=int, default=4, help="of the student in a round")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--sources", default=",".join(SOURCES))
     parser.add_argument("--gan", default="{}", metavar="JSON", help="options of the GAN that differ from the defaults")
+    parser.add_argument("--vae", default='{"steps": 500}', metavar="JSON", help="those of the VAE")
     options = parser.parse_args()
     torch.set_num_threads(1)
     seeds = [int(seed) for seed in options.seeds.split(",")]

@@ -246,6 +246,28 @@ def test_real_images_without_labels_teach_a_student(teacher: nn.Module) -> None:
     assert accuracy(distil_without_data(teacher, student, INFO, "data", images=images, recipe=recipe)) > 0.6
 
 
+@pytest.mark.slow
+def test_a_generator_teaches_far_better_than_noise(teacher: nn.Module) -> None:
+    recipe = Recipe(rounds=300, steps=2, batch_size=64, lr=5e-3)
+    taught = {
+        name: accuracy(distil_without_data(teacher, network(16, 1), INFO, name, recipe=recipe))
+        for name in ("gan", "noise")
+    }
+    assert taught["gan"] > taught["noise"] + 0.2
+
+
+@pytest.mark.slow
+def test_a_data_set_of_the_generators_images_teaches_an_ordinary_training(teacher: nn.Module) -> None:
+    x = synthesise("gan", teacher, INFO, 2000, recipe=Recipe(rounds=300, steps=2, batch_size=64, lr=5e-3))
+    counts = torch.bincount(teacher(x).argmax(1), minlength=10)
+    assert counts.min() > 20
+    recipe = Recipe(rounds=300, steps=2, batch_size=64, lr=5e-3)
+    taught, noise = (
+        distil_without_data(teacher, network(16, 1), INFO, name, images=x, recipe=recipe) for name in ("data", "noise")
+    )
+    assert accuracy(taught) > accuracy(noise) + 0.2
+
+
 # ---- what a user can get wrong ------------------------------------------------------------------------
 
 
