@@ -110,7 +110,7 @@ def run(options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     rows = [{"seed": seed, "source": "teacher", "accuracy": accuracy(teacher, x, y)}]
     rows[0]["seconds"] = time.perf_counter() - start
     print(json.dumps(rows[0]), flush=True)
-    recipe = Recipe(rounds=options.rounds, steps=options.steps, batch_size=options.batch)
+    recipe = Recipe(rounds=options.rounds, steps=options.steps, batch_size=options.batch, replay=options.replay)
     for name in options.sources.split(","):
         settings = json.loads({"GAN": options.gan, "VAE": options.vae}.get(name, "{}"))
         student, start = make(task.info, options.width // 2, seed + 1000), time.perf_counter()
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=400, help="of a student's training")
     parser.add_argument("--steps", type=int, default=4, help="of the student in a round")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--replay", type=int, default=8192, help="images of earlier rounds that are kept")
     parser.add_argument("--sources", default=",".join(SOURCES))
     parser.add_argument("--gan", default="{}", metavar="JSON", help="options of the GAN that differ from the defaults")
     parser.add_argument("--vae", default='{"steps": 500}', metavar="JSON", help="those of the VAE")
