@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nas import __version__, commands_ablate, commands_compress, commands_tables
+from nas import __version__, commands_ablate, commands_compress, commands_synthesise, commands_tables
 from nas.errors import ExperimentError, NasError
 
 console = Console(highlight=False)
@@ -133,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.set_defaults(function=_profile)
 
     commands_tables.add_parser(commands, common).set_defaults(function=_tables)
+    commands_synthesise.add_parser(commands, common).set_defaults(function=_tables)
 
     for command in commands_compress.add_parsers(commands, common):
         command.set_defaults(function=_long)
