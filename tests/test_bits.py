@@ -578,6 +578,51 @@ def test_trained_values_are_exported_values(clusters: int, trained: nn.Module, d
     assert saved - extra <= export_float(plain, x[:1]).ByteSize() - exported.ByteSize()
 
 
+def test_pruned_weights_stay_zero_among_the_values(trained: nn.Module, digits: Digits) -> None:
+    plan = {"weight_prune": dict.fromkeys(LAYERS, 0.7), "cluster": dict.fromkeys(LAYERS, 16)}
+    model, exported = tuned(trained, plan, digits)
+    x = digits[0][:300]
+    with torch.no_grad():
+        np.testing.assert_allclose(run(exported, x), model(x).numpy(), atol=1e-3)
+    untrained = apply_passes(Net(), plan, x[:8])
+    untrained.load_state_dict(model.state_dict())  # zeros or not, the structure is the settings' own
+    plain = restore(copy.deepcopy(model), plan)
+    for name in LAYERS:
+        weight = plain.get_parameter(f"{name}.weight")
+        assert float((weight == 0).float().mean()) >= 0.69
+        assert 2 < len(weight.unique()) <= 16
+
+
+def test_a_layer_of_zeros_stays_one(digits: Digits) -> None:
+    linear = nn.Linear(4, 3)
+    nn.init.zeros_(linear.weight)
+    layer = ClusterLinear(linear, 2)
+    assert layer.codebook.shape == (2,)
+    assert not layer.plain().weight.any()
+
+
+def test_pruning_comes_before_clustering(trained: nn.Module, digits: Digits) -> None:
+    plan = {"cluster": {"head": 16}, "weight_prune": {"head": 0.5}}
+    with pytest.raises(CompressionError, match=r"'head' is a ClusterLinear[^$]*weight_prune before cluster"):
+        apply_passes(copy.deepcopy(trained), plan, digits[0][:8])
+
+
+def test_linear_layers_are_quantised_in_models_that_cannot_be_traced(digits: Digits) -> None:
+    class Moody(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            return self.head((x if x.sum() > 0 else -x).mean((2, 3)))
+
+    model = Quantize({"head": 8}).apply(Moody(), digits[0][:8])
+    assert isinstance(model.get_submodule("head"), QuantLinear)
+    with pytest.raises(CompressionError, match="cannot be traced"):
+        Quantize({"stem": 8}).apply(Moody(), digits[0][:8])
+
+
 def test_fine_tuned_values_are_better(trained: nn.Module, digits: Digits) -> None:
     x, y = digits[0][:1200], digits[1][:1200]
     before = Cluster(dict.fromkeys(LAYERS, 3)).apply(copy.deepcopy(trained), x[:64]).eval()

@@ -332,7 +332,7 @@ def test_a_model_that_cannot_be_traced() -> None:
             return x if x.sum() > 0 else -x
 
     with pytest.raises(CompressionError, match="cannot be traced"):
-        fold_batchnorm(nn.Sequential(Moody(), nn.BatchNorm2d(1)))
+        fold_batchnorm(nn.Sequential(nn.Conv2d(1, 1, 1), Moody(), nn.BatchNorm2d(1)))
 
 
 def test_a_folded_bias_goes_on_learning() -> None:

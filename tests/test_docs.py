@@ -28,7 +28,7 @@ from nas.compression import passes
 from nas.content import available, load_space, load_space_class
 from nas.errors import CompressionError
 from nas.evaluators import evaluators
-from nas.experiment import Experiment, LookupExperiment, OpenSection, apply_overrides, load_any
+from nas.experiment import DERIVED, Experiment, LookupExperiment, OpenSection, apply_overrides, load_any
 from nas.latency import LatencyTable
 from nas.latency.importers import importers
 from nas.latency.runtimes import runtimes
@@ -37,7 +37,7 @@ from nas.pipeline import parse_step, steps_of
 from nas.pipeline.steps import options_of
 from nas.registry import Registry
 from nas.reward import rewards
-from nas.settings import construct
+from nas.settings import check, construct
 from nas.space import TaskInfo
 from nas.strategies import Domain, strategies
 from nas.student.formats import formats
@@ -50,7 +50,6 @@ PAGES = [
     *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "latency_tables" / "README.md",
 ]  # fmt: skip
 MAX_LINES = 30
-#: Written with the measured results, not with the code.
 #: What a reader has without this project; everything else in a shell block must be a command of ours.
 OTHERS = ("cd", "git", "source")
 
@@ -95,10 +94,10 @@ def test_shell_blocks_use_commands_that_exist(page: Path) -> None:
 
 @every_page
 def test_nas_commands_parse_and_their_overrides_are_valid(page: Path) -> None:
-    names = "search|sweep|compress|export|profile|tables|front|report|list"
+    names = "search|sweep|compress|export|ablate|profile|tables|front|report|list"
     inline = re.findall(rf"`(nas (?:{names})\b[^`…]*)`", page.read_text())
     bare = ("nas search", "nas sweep", "nas profile", "nas tables", "nas front", "nas report", "nas tables adapt")
-    bare += ("nas compress", "nas export")
+    bare += ("nas compress", "nas export", "nas ablate")
     bare += tuple(f"nas tables {action}" for action in ("show", "validate", "compare", "import"))
     known = [shlex.split(line) for line in inline if line not in bare]
     for program, *arguments in [*commands(page), *known]:
@@ -114,8 +113,13 @@ def test_nas_commands_parse_and_their_overrides_are_valid(page: Path) -> None:
             elif getattr(options, "space", None) and hasattr(options, "set"):
                 load_space(options.space, TaskInfo((3, 224, 224), 1000), overridden(options.set))
             elif getattr(options, "experiment", None) and hasattr(options, "set"):
-                experiment = ROOT / options.experiment if "/" in options.experiment else options.experiment
-                check_plugins(load_any(experiment, options.set))
+                check_plugins(load_any(named(options.experiment, page), options.set))
+
+
+def named(experiment: str, page: Path) -> Any:
+    """The experiment that a command names: of this repository, bundled, or written out on the page."""
+    written = {content.get("name"): content for content in map(yaml.safe_load, blocks(page, "yaml"))}
+    return written.get(experiment.removesuffix(".yaml")) or (ROOT / experiment if "/" in experiment else experiment)
 
 
 def check_steps(steps: list[str]) -> None:
@@ -169,7 +173,7 @@ def test_the_names_that_the_readme_imports_exist() -> None:
     import nas
 
     names = set(re.findall(r"\bnas\.(\w+)\(", (ROOT / "README.md").read_text()))
-    assert names == {"search", "load_student"}
+    assert names == {"search", "load_student", "derive", "compress"}
     assert all(callable(getattr(nas, name)) for name in names)
     attributes = set(re.findall(r"\bstudent\.(\w+)", (ROOT / "README.md").read_text()))
     assert {"quality", "latency_ms", "predict"} <= attributes <= {*dir(nas.Student), "folder", "manifest"}
@@ -189,7 +193,7 @@ def test_links_resolve(page: Path) -> None:
 
 @every_page
 def test_files_named_in_the_text_exist(page: Path) -> None:
-    not_built = {"nas/derive/", "nas/supernet/", "nas/_content/"}
+    not_built = {"nas/supernet/", "nas/_content/"}
     named = set(re.findall(r"`((?:nas|search_spaces|tests|experiments)/[\w./]*)`", page.read_text()))
     assert not [name for name in named - not_built if not (ROOT / name).exists()]
 
@@ -207,6 +211,9 @@ def check_plugins(experiment: Experiment | LookupExperiment) -> None:
     construct(rewards.get(experiment.reward.kind), experiment.reward.settings, 1.0, where="reward")
     if isinstance(experiment, LookupExperiment):
         return  # its space reads tables that are not here
+    if experiment.space.name == DERIVED:
+        check(load_space_class(DERIVED), experiment.space.settings, 1, where="space")
+        return  # its model is not here
     images = TaskInfo((1, 8, 8), 10)
     construct(load_space_class(experiment.space.name), experiment.space.settings, images, where="space")
 
@@ -457,10 +464,10 @@ def linear(weight: np.ndarray[Any, Any]) -> onnx.ModelProto:
 # ---- docs/extending.md --------------------------------------------------------------------------------
 
 
-def snippets() -> dict[str, str]:
+def snippets(page: str = "extending.md") -> dict[str, str]:
     """File name → text of every complete example."""
     found = {}
-    for block in blocks(ROOT / "docs" / "extending.md", "python"):
+    for block in blocks(ROOT / "docs" / page, "python"):
         first, _, text = block.partition("\n")
         if first.startswith("# file: "):
             found[first.removeprefix("# file: ").strip()] = text
@@ -578,3 +585,44 @@ def test_search_example(load: Load, tmp_path: Path) -> None:
 def test_the_checks_that_the_page_names_exist() -> None:
     names = set(re.findall(r"`(check_\w+)`", (ROOT / "docs" / "extending.md").read_text()))
     assert names == {name for name in dir(testing) if name.startswith("check_")}
+
+
+# ---- docs/own-model.md --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Writes the page's files into the working directory and runs one of them, trainings shortened."""
+    files = snippets("own-model.md")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield lambda name: exec(compile(files[name].replace("EPOCHS = 12", "EPOCHS = 4"), name, "exec"), {})
+    sys.modules.pop("my_models", None)
+
+
+def test_the_example_model_is_trained_and_looked_at(
+    own: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own("train_digits.py")
+    assert float(capsys.readouterr().out.partition("accuracy:")[2]) > 0.5  # of ten digits
+    own("look.py")
+    said = capsys.readouterr().out.strip()
+    assert said
+    assert f"```\n{said}\n```" in (ROOT / "docs" / "own-model.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_example_model_becomes_a_student(own: Callable[[str], None], tmp_path: Path) -> None:
+    import nas
+
+    own("train_digits.py")
+    (block,) = blocks(ROOT / "docs" / "own-model.md", "yaml")
+    short = ["search.trials=2", "search.batch=2", "search.workers=0", "training.epochs=2", "finalists.epochs=2"]
+    short += ["training.compressed_epochs=1", "finalists.compressed_epochs=1", "finalists.count=1", "baselines=[]"]
+    short += ["table.seconds=3", "table.nets=8", "finalists.seconds=1", "space.bits=[32]", "space.ranks=[1.0]"]
+    student = nas.search(yaml.safe_load(block), out=tmp_path / "run", overrides=short)
+    assert student.manifest["candidate"]["kd_weight"] in (0.5, 0.9)
+    assert student.predict(np.zeros((2, 1, 8, 8), np.float32)).shape == (2, 10)
+    assert student.size_bytes < student.manifest["size_bytes"]["teacher_onnx"]

@@ -43,7 +43,7 @@ from nas.settings import construct
 from nas.space import Candidate, Choice, SearchSpace, TaskInfo, Training
 from nas.student.export import export_float, onnx_macs_params, to_onnx
 from nas.student.finalists import Entrant, Finalist, realise
-from nas.student.package import pack
+from nas.student.package import pack_finalist
 from nas.student.tables import untrained_onnx
 from nas.student.teacher import onnx_logits, own_teacher
 from nas.tasks import TextClassification, tasks
@@ -584,7 +584,7 @@ def packed(task: TextClassification, folder: Path) -> Path:
             "name": "input", "shape": ["batch", *task.info.input_shape], "dtype": task.info.dtype, "range": [low, high],
         },
     }  # fmt: skip
-    pack(folder / "student", evaluator, finalist, manifest)
+    pack_finalist(folder / "student", evaluator, finalist, manifest)
     return folder / "student"
 
 
@@ -704,7 +704,7 @@ def test_a_model_with_too_few_tokens_is_refused(pages_folder: Path) -> None:
     (pages_folder / "small_model.py").write_text(text)
     save_file(import_object("small_model:build", "teacher")().state_dict(), "small.safetensors")
     task = TextClassification("questions.csv.gz", length=24)
-    with pytest.raises(DataError, match=r"teacher fails on inputs[^$]*index out of range"):
+    with pytest.raises(DataError, match=r"The model fails on inputs[^$]*index out of range"):
         own_teacher("small_model:build", "small.safetensors", task, pages_folder / "teacher")
     sys.modules.pop("small_model")
 

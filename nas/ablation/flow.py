@@ -24,8 +24,6 @@ from nas.ablation.search import Contest, Found
 from nas.ablation.spec import CONTEST, TEST, Ablation, contest_folder, label, seed_folder
 from nas.controller import best
 from nas.errors import BudgetError, StudyError
-from nas.evaluators import Distil
-from nas.evaluators.train import Lessons
 from nas.executors import Executor
 from nas.files import write_atomic, write_json
 from nas.forecast import forecast
@@ -163,9 +161,7 @@ class _Run:
                 teacher = job.teacher(workers)
             job.time_teacher(teacher)
             write_json(place / "teacher.json", {"quality_valid": teacher.quality})
-            lessons = Lessons.prepare(job.task, teacher.module, job.experiment.training.views, seed)
-            student = Distil(job.space, job.task, lessons, job.recipe, seed)
-            with job.executor(student) as workers:
+            with job.executor(job.student(teacher)) as workers:
                 contests = {target: self._contest(job, target, folders[target], workers) for target in todo}
                 if strict:
                     for target, contest in contests.items():

@@ -125,8 +125,8 @@ def named_module(model: nn.Module, name: str, technique: str) -> nn.Module:
     return modules[name]
 
 
-def matching(names: Collection[str], patterns: Sequence[str], technique: str) -> set[str]:
-    """The ``names`` that fit any of the patterns (``*``, ``?``, ``[ab]``; case counts).
+def matching(names: Collection[str], patterns: Sequence[str], technique: str, what: str = "layer") -> set[str]:
+    """The ``names`` that fit any of the patterns (``*``, ``?``, ``[ab]``; case counts); ``what`` they are names of.
 
     Raises:
         CompressionError: a pattern fits none.
@@ -138,7 +138,9 @@ def matching(names: Collection[str], patterns: Sequence[str], technique: str) ->
         fitting = {name for name in names if fnmatchcase(name, pattern)}
         if not fitting:
             near = difflib.get_close_matches(pattern, names, n=3) or sorted(names)[:5]
-            raise CompressionError(f"{technique}: no layer fits {pattern!r}.", expected=f"a pattern of names as {near}")
+            raise CompressionError(
+                f"{technique}: {pattern!r} fits no {what} of the model.", expected=f"a name or pattern such as {near}"
+            )
         found |= fitting
     return found
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
-from nas.compression.base import layers_of
+from nas.compression.base import layers_of, matching
 from nas.errors import CompressionError
 
 
@@ -25,17 +23,9 @@ def chosen(
         CompressionError: a pattern fits no layer, or nothing is left.
     """
     every = [name for name, layer in model.named_modules() if name and isinstance(layer, kinds)]
-    for pattern in (*layers, *skip):
-        if not any(fnmatchcase(name, pattern) for name in every):
-            near = difflib.get_close_matches(pattern, every, n=3) or every[:5]
-            what = " or ".join(kind.__name__ for kind in kinds)
-            raise CompressionError(
-                f"{technique}: {pattern!r} fits no {what} of the model.", expected=f"a name or pattern such as {near}"
-            )
-    found = [
-        name for name in every
-        if any(fnmatchcase(name, p) for p in layers) and not any(fnmatchcase(name, p) for p in skip)
-    ]  # fmt: skip
+    what = " or ".join(kind.__name__ for kind in kinds)
+    wanted, left = matching(every, layers, technique, what), matching(every, skip, technique, what)
+    found = [name for name in every if name in wanted - left]
     if not found:
         raise CompressionError(f"{technique}: skip leaves none of the layers {every[:5]}.")
     return found

@@ -25,21 +25,34 @@ ROUNDS = 300
 
 
 class _Shared(nn.Module):
-    """The state of a layer whose weights are shared: ``codebook [k]`` learns, ``index`` (uint8) stays."""
+    """The state of a layer whose weights are shared: ``codebook [k]`` learns, ``index`` (uint8) stays.
+
+    Weights that are zero, as pruning leaves them, share one value, which ``learns [k]`` (0 or 1) keeps at zero.
+    """
 
     index: torch.Tensor
+    learns: torch.Tensor
     codebook: nn.Parameter
 
     def share(self, weight: torch.Tensor, clusters: int) -> None:
         """Take the place of ``weight`` in this layer."""
         del self.weight
-        codebook, index = cluster_values(weight.detach().numpy(), clusters)
+        values = weight.detach().numpy()
+        codebook, index = cluster_values(values, clusters)
+        learns = np.ones_like(codebook)
+        if (pruned := values == 0).any():
+            others = values[~pruned]
+            rest, own = cluster_values(others if len(others) else np.zeros(1, np.float32), clusters - 1)
+            codebook, learns[0] = np.concatenate([np.zeros(1, np.float32), rest]), 0
+            index = np.zeros_like(index)
+            index[~pruned] = 1 + own[: len(others)]
         self.codebook = nn.Parameter(torch.from_numpy(codebook))
         self.register_buffer("index", torch.from_numpy(index))
+        self.register_buffer("learns", torch.from_numpy(learns))
 
     def shared(self) -> torch.Tensor:
         """The weights ``[out, ...]``. A value's gradient is the sum of those of its weights (eq. 3 of the paper)."""
-        return self.codebook.index_select(0, self.index.flatten().int()).view(self.index.shape)
+        return (self.codebook * self.learns).index_select(0, self.index.flatten().int()).view(self.index.shape)
 
 
 class ClusterConv2d(_Shared, nn.Conv2d):
@@ -118,7 +131,8 @@ class Cluster(Pass):
 
     Han et al. 2016, "Deep Compression" (section 3): the weights of a layer are clustered, each becomes an index into
     the layer's codebook, and fine-tuning moves the codebook's values by the summed gradients of their weights while
-    the indices stay. Batch normalisation is folded first, so that the weights that run are the shared ones.
+    the indices stay. Zeros that an earlier pass left stay zeros: they are one of the values. Batch normalisation is
+    folded first, so that the weights that run are the shared ones.
 
     The exported file holds the indices in ⌈log2 k⌉ bits and the codebook; the runtime decodes them while it loads
     the file and computes in floats, at the speed of the layer as it was.

@@ -14,9 +14,13 @@ def fold_batchnorm(model: nn.Module, names: Collection[str] | None = None) -> nn
     """Fold every BatchNorm2d that directly follows a Conv2d (of ``names``, where given); in place.
 
     Returns the model, whose folded normalisations have become identities; training mode is kept.
+
+    Raises:
+        CompressionError: there may be something to fold, and the model cannot be traced.
     """
     modules = dict(model.named_modules())
-    if not any(isinstance(module, nn.BatchNorm2d) for module in modules.values()):
+    convolved = any(isinstance(modules[name], nn.Conv2d) for name in (modules if names is None else names))
+    if not convolved or not any(isinstance(module, nn.BatchNorm2d) for module in modules.values()):
         return model  # which need not be traceable then
     followers = consumers(model)
     for name, users in followers.items():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
-from nas.compression.base import Loss, Pass, named_module, passes
+from nas.compression.base import Loss, Pass, matching, named_module, passes
 from nas.compression.fold import replace_module
 from nas.errors import CompressionError
 
@@ -244,15 +243,8 @@ def _chosen(model: nn.Module, layers: Sequence[str], skip: Sequence[str]) -> dic
         # Torch's own encoder hands the weights of its layers to one fused kernel.
         and not isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer)
     }  # fmt: skip
-    for pattern in (*layers, *skip):
-        if not any(fnmatchcase(name, pattern) for name in every):
-            raise CompressionError(
-                f"low_rank: {pattern!r} fits no layer.", expected=f"a name or pattern such as {list(every)[:5]}"
-            )
-    return {
-        name: layer for name, layer in every.items()
-        if any(fnmatchcase(name, p) for p in layers) and not any(fnmatchcase(name, p) for p in skip)
-    }  # fmt: skip
+    wanted, left = matching(every, layers, "low_rank"), matching(every, skip, "low_rank")
+    return {name: layer for name, layer in every.items() if name in wanted - left}
 
 
 def _sides(model: nn.Module, sample: torch.Tensor) -> dict[str, tuple[int, int]]:

@@ -90,8 +90,9 @@ class Quantize(Pass):
                         expected="a Linear layer; integer convolutions need ranges that are known beforehand",
                     )
         fold_batchnorm(model, settings)
-        followers = consumers(model)
         modules = dict(model.named_modules())
+        # Only a convolution asks what follows it; models without need not be traceable.
+        followers = consumers(model) if any(isinstance(modules[name], nn.Conv2d) for name in settings) else {}
         for name, setting in settings.items():
             layer = model.get_submodule(name)
             if isinstance(layer, nn.Conv2d):

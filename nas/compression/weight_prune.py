@@ -12,7 +12,8 @@ import onnx
 import torch
 from torch import nn
 
-from nas.compression.base import Loss, Pass, layers_of, matching, passes
+from nas.compression.base import Loss, Pass, layers_of, passes
+from nas.compression.choose import chosen
 from nas.compression.sparse import store_sparse
 from nas.errors import CompressionError
 
@@ -102,12 +103,13 @@ class WeightPrune(Pass):
             raise CompressionError("weight_prune: both sparsity and threshold are given.", expected="one of them")
         if scope not in ("global", "layer"):
             raise CompressionError(f"weight_prune: unknown scope {scope!r}.", expected="global or layer")
-        found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-        chosen = matching(found, layers, "weight_prune") - matching(found, skip, "weight_prune")
-        weights = {name: layer.weight.detach() for name, layer in found.items() if name in chosen}
+        weights: dict[str, torch.Tensor] = {
+            name: model.get_submodule(name).get_parameter("weight").detach()
+            for name in chosen(model, layers, skip, "weight_prune")
+        }
         asked = {"threshold": threshold} if threshold is not None else 0.8 if sparsity is None else sparsity
         kind, value = _asked("*", asked)
-        if kind == "threshold" or scope == "layer" or not weights:
+        if kind == "threshold" or scope == "layer":
             return {name: {kind: value} if kind == "threshold" else value for name in weights}
         sizes = torch.cat([weight.abs().flatten() for weight in weights.values()])
         owners = torch.cat([torch.full((weight.numel(),), i) for i, weight in enumerate(weights.values())])
@@ -124,7 +126,12 @@ class WeightPrune(Pass):
         for name, setting in self.settings.items():
             kind, value = _asked(name, setting)
             for piece, layer in layers_of(model, name, "weight_prune").items():
-                weight: Any = layer.weight
+                weight = layer._parameters.get("weight")
+                if weight is None:
+                    raise CompressionError(
+                        f"weight_prune: {piece!r} is a {type(layer).__name__}, whose weights another pass trains.",
+                        expected="weight_prune before cluster",
+                    )
                 masks[piece] = _mask(weight.detach(), kind, value)
         self.restore(model)  # masks that are there already: they go, their zeros stay
         if masks:

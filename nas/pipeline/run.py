@@ -16,31 +16,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from nas.compression import apply_passes, penalties, rewrite_onnx
+from nas.compression import apply_passes, penalties
 from nas.errors import CompressionError, ExperimentError, StudyError
 from nas.evaluators.train import SAMPLE, Lessons, Recipe, predict, train
-from nas.files import write_atomic, write_json
+from nas.files import write_json
 from nas.latency import Device
 from nas.locks import run_lock, training_lock
-from nas.pipeline.prepare import prepare
 from nas.pipeline.record import write_record
 from nas.pipeline.steps import Step, plan_of, settings_by_layer
 from nas.progress import Progress, Silent
 from nas.space import Training
-from nas.student.export import deployable, export_float, onnx_macs_params
-from nas.student.finalists import Session, measure_models
+from nas.student.finalists import Session, exported_facts, measure_models
 from nas.student.own import valid_quality
 from nas.student.package import SELFTEST_SAMPLES, Deliverable, model_facts, pack, write_samples
 from nas.student.teacher import onnx_logits
 from nas.tasks import Task
-
-CALIBRATION = 512  # training samples for activation ranges
 
 
 @dataclass(frozen=True)
@@ -122,8 +116,8 @@ class Pipeline:
 
     @cached_property
     def original(self) -> nn.Module:
-        """The user's model as the passes get it."""
-        return prepare(copy.deepcopy(self.model).eval(), self.sample)
+        """A copy of the user's model, which stays as it is."""
+        return copy.deepcopy(self.model).eval()
 
     @cached_property
     def lessons(self) -> Lessons:
@@ -228,23 +222,8 @@ class Pipeline:
 
     def _finish(self, i: int, model: nn.Module, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Export and save a stage's model; what is to be said of it."""
-        folder = self.stage_folder(i)
-        train_x = self.task.split("train")[0]
-        exported = export_float(deployable(model, plan), train_x[:1])
-        macs, params = onnx_macs_params(exported)  # before weights may be packed
-        exported = rewrite_onnx(exported, plan, train_x[:: max(1, len(train_x) // CALIBRATION)].numpy())
-        onnx.checker.check_model(exported)
-        write_atomic(folder / "model.onnx", exported.SerializeToString())
-        state = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
-        save_file(state, folder / "state.safetensors")
-        x, y = self.task.split("valid")
-        in_torch, in_onnx = predict(model, x), onnx_logits(folder / "model.onnx", x)
-        return {
-            "quality": self.quality(in_torch, y), "quality_onnx": self.quality(in_onnx, y),
-            "max_abs_diff": float(np.abs(in_torch - in_onnx).max()),
-            "agreement": float((in_torch.argmax(1) == in_onnx.argmax(1)).mean()),
-            "size_bytes": (folder / "model.onnx").stat().st_size, "macs": macs, "params": params,
-        }  # fmt: skip
+        facts = exported_facts(model, plan, self.task, self.stage_folder(i))
+        return {"quality": facts.pop("quality_torch"), **facts}
 
     def quality(self, logits: Any, y: torch.Tensor) -> float:
         """The task's metric."""

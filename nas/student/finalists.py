@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from safetensors.torch import save_file
+from torch import nn
 
+from nas.compression import Plan
 from nas.evaluators import Distil
 from nas.evaluators.train import Recipe, predict
 from nas.executors import Executor
@@ -28,7 +31,9 @@ from nas.reward import Limit, Reward, violation
 from nas.space import Genomes
 from nas.student.export import onnx_macs_params, to_onnx
 from nas.student.teacher import onnx_logits
+from nas.tasks import Task
 
+CALIBRATION = 512  # training samples for activation ranges
 ENERGY_SECONDS = 0.5  # metering of a model, where there is a meter
 
 
@@ -129,20 +134,28 @@ def realise(student: Distil, item: tuple[Genomes, Recipe, Path]) -> None:
 
 def _realise(student: Distil, genome: Genomes, recipe: Recipe, folder: Path) -> dict[str, Any]:
     model = student.fit(genome, recipe)
-    plan = student.space.training(student.space.decode(genome)).compression
-    train_x = student.task.split("train")[0]
-    calibration = train_x[:: max(1, len(train_x) // 512)].numpy()
-    exported = to_onnx(model, plan, train_x[:1], calibration)
+    return exported_facts(model, student.space.training(student.space.decode(genome)).compression, student.task, folder)
+
+
+def exported_facts(model: nn.Module, plan: Plan, task: Task, folder: Path) -> dict[str, Any]:
+    """Write ``model.onnx`` and ``state.safetensors`` into a folder; what is to be said of them, on validation data.
+
+    Args:
+        model: trained and simulating, with the passes of ``plan`` applied.
+    """
+    train_x = task.split("train")[0]
+    exported = to_onnx(model, plan, train_x[:1], train_x[:: max(1, len(train_x) // CALIBRATION)].numpy())
     onnx.checker.check_model(exported)
     write_atomic(folder / "model.onnx", exported.SerializeToString())
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "state.safetensors")
-    x, y = student.task.split("valid")
+    # Cloned: layers may share one tensor, which the file does not know.
+    state = model.state_dict().items()
+    save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in state}, folder / "state.safetensors")
+    x, y = task.split("valid")
     in_torch, in_onnx = predict(model, x), onnx_logits(folder / "model.onnx", x)
     macs, params = onnx_macs_params(exported)
-    metric = student.task.metric
     return {
-        "quality_torch": student.task.evaluate(in_torch, y.numpy())[metric],
-        "quality_onnx": student.task.evaluate(in_onnx, y.numpy())[metric],
+        "quality_torch": task.evaluate(in_torch, y.numpy())[task.metric],
+        "quality_onnx": task.evaluate(in_onnx, y.numpy())[task.metric],
         "max_abs_diff": float(np.abs(in_torch - in_onnx).max()),
         "agreement": float((in_torch.argmax(1) == in_onnx.argmax(1)).mean()),
         "size_bytes": (folder / "model.onnx").stat().st_size,
