@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from nas.derived.dims import Axes, Dim, Var
-from nas.derived.trace import is_reshape
+from nas.tracing.dims import Axes, Dim, Var
+from nas.tracing.trace import is_reshape
 
 Chosen = Mapping[Var, torch.Tensor]
 
