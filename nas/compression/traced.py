@@ -17,6 +17,7 @@ from nas.compression.groups import Group, Groups, Slices, check_keep, unprunable
 from nas.errors import CompressionError
 from nas.tracing import Structure, shrunk
 from nas.tracing.dims import Var
+from nas.tracing.shrink import with_modes
 from nas.tracing.structure import Group as Variable
 
 ROLES = ("heads", "head_dim")
@@ -55,11 +56,7 @@ class TracedGroups(Groups):
             if variable in chosen and len(chosen[variable]) != int(kept.sum()):
                 raise CompressionError(f"channel_prune: {name!r} is in a group with another layer that is named.")
             chosen.setdefault(variable, kept.nonzero().flatten())
-        smaller = shrunk(self.structure.axes, chosen)
-        modes = {name: module.training for name, module in self._given.named_modules()}
-        for name, module in smaller.named_modules():
-            module.training = modes.get(name, self._given.training)
-        return smaller
+        return with_modes(shrunk(self.structure.axes, chosen), self._given)
 
     def trial(self, keep: Mapping[str, int], sample: torch.Tensor) -> nn.Module:
         lost = {}

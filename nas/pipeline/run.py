@@ -123,7 +123,7 @@ class Pipeline:
     @cached_property
     def original(self) -> nn.Module:
         """The user's model as the passes get it."""
-        return prepare(copy.deepcopy(self.model).eval(), self.sample)
+        return prepare(copy.deepcopy(self.model).eval(), self.sample, self.progress.note)
 
     @cached_property
     def lessons(self) -> Lessons:

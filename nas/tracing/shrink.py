@@ -57,6 +57,14 @@ def shrunk(
     return fx.GraphModule({target: _part(axes, target, chosen) for target in targets}, new)
 
 
+def with_modes(smaller: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """``smaller``, each layer of it in training or evaluation mode as it is in ``model``."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in smaller.named_modules():
+        module.training = modes.get(name, model.training)
+    return smaller
+
+
 def follow(node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> fx.Node:
     """The node that is read where ``node`` was."""
     while node in instead:
