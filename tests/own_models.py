@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nas.space import TaskInfo
+
 
 class Residual(nn.Module):
     def __init__(self, cin: int, cout: int, stride: int) -> None:
@@ -188,3 +190,25 @@ class Grouped(nn.Module):
 def residual_net() -> nn.Module:
     torch.manual_seed(0)
     return ResidualNet()
+
+
+IMAGES = TaskInfo((1, 8, 8), 10, value_range=(0.0, 16.0))
+TOKENS = TaskInfo((12,), 5, dtype="int64", value_range=(0, 99))
+MODELS = {
+    "residual": (ResidualNet, IMAGES),
+    "inverted": (InvertedNet, IMAGES),
+    "vision transformer": (VisionTransformer, IMAGES),
+    "text transformer": (TextTransformer, TOKENS),
+    "dense": (Dense, IMAGES),
+    "grouped": (Grouped, IMAGES),
+}
+def made(name: str) -> tuple[nn.Module, torch.Tensor, TaskInfo]:
+    build, info = MODELS[name]
+    torch.manual_seed(0)
+    model = build()
+    x = info.random(16, seed=1)
+    if info.dtype == "float32":  # statistics of real activations, so that nothing vanishes
+        with torch.no_grad():
+            for _ in range(10):
+                model.train()(x)
+    return model.eval(), x, info

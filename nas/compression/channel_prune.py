@@ -1,4 +1,4 @@
-"""Structured channel pruning: whole channels removed by importance, through torch-pruning's dependency groups."""
+"""Structured pruning: whole channels, units, heads and dimensions removed by importance, with all that reads them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch_pruning as tp
-from torch import nn
+from torch import fx, nn
 
-from nas.compression.base import Loss, Pass, layers_of, matching, passes
-from nas.compression.groups import CONSUMERS, PRODUCERS, Slices, dependency_graph, evaluating, slices, squared_norms
+from nas.compression.base import Loss, Pass, matching, passes
+from nas.compression.dependency import TRIAL, DependencyGroups
+from nas.compression.groups import Group, Groups, UnprunableError, check_keep, evaluating, squared_norms
 from nas.compression.importance import IMPORTANCES, Evidence, gradients
+from nas.compression.traced import TracedGroups
 from nas.errors import CompressionError
 
+T = TypeVar("T")
 STRENGTH = 1e-3  # of the group lasso
-# Inputs to try the pruned model with: a reshape to [-1, ...] makes a smaller batch of fewer channels, and 7 hides none.
-TRIAL = 7
 KEYS = ("keep", "importance", "strength")
 
 
@@ -82,30 +82,12 @@ class ChannelPrune(Pass):
         """
         _check_options(ratio, macs, importance, strength, round_to, scope, ratios or {})
         model = copy.deepcopy(model)
-        groups = _chosen(model, sample, loss, importance, layers, skip, ratios or {}, scope == "global")
-        counted = _macs(model, sample)
 
-        def left(keep: Mapping[str, int]) -> float:
-            """Share of the MACs that is left."""
-            return _macs(cls(keep).apply(copy.deepcopy(model), sample), sample) / counted
+        def chosen(groups: Groups, leave_out: bool) -> dict[str, int]:
+            found = _chosen(groups, sample, loss, importance, layers, skip, ratios or {}, scope == "global", round_to)
+            return _counts(groups, found, sample, ratio, macs, layers if leave_out else None)
 
-        def attempt(share: float) -> tuple[dict[str, int], float]:
-            """What to keep at a ratio, and the share of MACs that it leaves; groups that cannot be pruned go."""
-            while True:
-                keep = _keeps(groups, share, round_to)
-                try:
-                    return keep, left(keep)
-                except _Unprunable as error:
-                    del groups[error.layer]
-                    if error.layer in layers or not groups:
-                        raise
-
-        if macs is None:
-            keep, _ = attempt(0.5 if ratio is None else ratio)
-        else:
-            keep = _bisect(attempt, macs)
-            own = {name: group.channels for name, group in groups.items() if group.ratio is None}
-            keep = _give_back(keep, own, round_to, lambda more: left(more) <= macs)
+        keep = _first_way(model, sample, chosen)
         if importance == "l1":
             return dict(keep)
         more = {"strength": strength} if importance == "group_lasso" else {}
@@ -115,7 +97,11 @@ class ChannelPrune(Pass):
         """The group lasso over the groups that ask for it; none on the first call, which waits for the model's next
         input to find the groups with."""
         asked = {name: _asked(name, setting) for name, setting in self.settings.items()}
-        eased = {name: setting.strength for name, setting in asked.items() if setting.importance == "group_lasso"}
+        eased = {
+            name: (setting.keep, setting.strength)
+            for name, setting in asked.items()
+            if setting.importance == "group_lasso"
+        }
         if not eased:
             return None
         if self._lasso.model is not model:
@@ -124,40 +110,62 @@ class ChannelPrune(Pass):
 
     def apply(self, model: nn.Module, sample: torch.Tensor, loss: Loss | None = None) -> nn.Module:
         asked = {name: _asked(name, setting) for name, setting in self.settings.items()}
-        layers = {name: _last(model, name) for name in asked}
-        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        graph = dependency_graph(model, sample)
-        with evaluating(model), torch.no_grad():
-            shape = _shape(model(sample[:TRIAL]))
+        groups = groups_of(model, sample, {name: setting.keep for name, setting in asked.items()})
         slopes = loss is not None and any(setting.importance == "taylor" for setting in asked.values())
         if slopes and loss is not None:
-            gradients(model, sample, loss)
+            gradients(groups.model, sample, loss)
+        lost: dict[str, list[int]] = {}
         for name, setting in asked.items():
-            layer, keep = layers[name], setting.keep
-            prune, channels = _pruner(layer)
-            if not 1 <= keep <= channels:
-                raise CompressionError(
-                    f"channel_prune: keep {keep} of {channels} channels of {name!r}.", expected=f"1..{channels}"
-                )
-            if keep == channels:
-                continue
-            everything = _group(graph, layer, name)
-            score = IMPORTANCES[setting.importance](everything, Evidence(model, name, sample, slopes))
-            order = torch.argsort(score, stable=True)
-            lost = sorted(order[: channels - keep].tolist())
-            try:
-                graph.get_pruning_group(layer, prune, idxs=lost).prune()
-                with evaluating(model), torch.no_grad():
-                    found = _shape(model(sample[:TRIAL]))
-            except Exception as error:
-                raise _unprunable(name, f"the forward has constants of the unpruned shape ({error})") from error
-            if found != shape:
-                raise _unprunable(name, f"its channels reach the output, which becomes {found} instead of {shape}")
+            group = groups.named(name)
+            check_keep(setting.keep, group, name)
+            if setting.keep < group.size:
+                score = IMPORTANCES[setting.importance](group, Evidence(groups.model, name, sample, slopes))
+                lost[name] = sorted(torch.argsort(score, stable=True)[: group.size - setting.keep].tolist())
         if slopes:
-            model.zero_grad(set_to_none=True)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in frozen)
-        return model
+            groups.model.zero_grad(set_to_none=True)
+        return groups.without(lost, sample)
+
+
+def groups_of(model: nn.Module, sample: torch.Tensor, keep: Mapping[str, int], here: bool = False) -> Groups:
+    """The groups of which so many channels are to be kept, found one way or the other.
+
+    Those of the traced model where ``model`` is a graph, as a pipeline makes it, where it has torch's own attention,
+    whose heads torch-pruning cuts through, and where torch-pruning's are not enough: they do not have such names, or
+    the pruned model fails on the sample. Otherwise torch-pruning's. Structure and numbers decide, never weights.
+
+    Args:
+        here: whether slices have to be of ``model`` itself, and not of its traced copy.
+
+    Raises:
+        CompressionError: it can be pruned in neither way.
+    """
+
+    def way(groups: Groups, leave_out: bool) -> Groups:
+        if isinstance(groups, DependencyGroups):
+            groups.trial(keep, sample)
+        return groups
+
+    return _first_way(model, sample, way, here)
+
+
+def _first_way(
+    model: nn.Module, sample: torch.Tensor, use: Callable[[Groups, bool], T], here: bool = False
+) -> T:  # fmt: skip
+    """What ``use`` makes of the first kind of groups that it can use; its second argument says that it is the last
+    kind there is, so that what cannot be pruned may be left out."""
+    failure: CompressionError | None = None
+    if not isinstance(model, fx.GraphModule) and not any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
+        try:
+            return use(DependencyGroups(model, sample), False)
+        except CompressionError as error:
+            failure = error
+    try:
+        traced = TracedGroups(model, sample, here)
+    except CompressionError:
+        if failure is not None and not isinstance(failure, UnprunableError):
+            raise failure from None
+        return use(DependencyGroups(model, sample), True)
+    return use(traced, True)
 
 
 @dataclass(frozen=True)
@@ -194,76 +202,28 @@ def _check_importance(importance: Any, strength: Any) -> None:
         raise CompressionError(f"channel_prune: strength {strength!r}.", expected="a number of at least 0")
 
 
-class _Unprunable(CompressionError):
-    """Pruning this layer breaks the model."""
-
-    layer = ""
-
-
-def _unprunable(name: str, reason: str) -> _Unprunable:
-    error = _Unprunable(
-        f"channel_prune: {name!r} cannot be pruned: {reason}.",
-        remedy="leave it out (skip it); heads of attention have to be pruned as a whole",
-    )
-    error.layer = name
-    return error
-
-
-def _last(model: nn.Module, name: str) -> nn.Module:
-    """The layer called ``name``, or the last of the pieces that an earlier pass made of it, which has its outputs."""
-    *_, layer = layers_of(model, name, "channel_prune").values()
-    return layer
-
-
-def _pruner(layer: nn.Module) -> tuple[Any, int]:
-    if isinstance(layer, nn.Conv2d):
-        return tp.prune_conv_out_channels, layer.out_channels
-    assert isinstance(layer, nn.Linear)
-    return tp.prune_linear_out_channels, layer.out_features
-
-
-def _group(graph: Any, layer: nn.Module, name: str) -> Any:
-    """All channels of the layer, with every layer that they run through."""
-    if layer not in graph.module2node:
-        raise _unprunable(name, "the forward does not use it, or not once and by its own call")
-    prune, channels = _pruner(layer)
-    return graph.get_pruning_group(layer, prune, idxs=list(range(channels)))
-
-
-def _shape(output: Any) -> tuple[int, ...]:
-    if not isinstance(output, torch.Tensor):
-        raise CompressionError(
-            f"channel_prune: the model returns a {type(output).__name__}.", expected="a model that returns one tensor"
-        )
-    return tuple(output.shape)
-
-
 class _Lasso:
     """The penalty of one model; its groups are found once, with the first input that the model gets from now on."""
 
-    def __init__(self, eased: Mapping[str, float], model: nn.Module | None = None) -> None:
+    def __init__(self, eased: Mapping[str, tuple[int, float]], model: nn.Module | None = None) -> None:
         self.eased, self.model = eased, model
-        self.terms: list[tuple[float, list[Slices], int]] | None = None
+        self.terms: list[tuple[float, Group]] | None = None
         self.seen: torch.Tensor | None = None
         if model is not None:
             self.hook = model.register_forward_pre_hook(self._remember)
 
     def _remember(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self.seen = args[0][:1].detach()
+        self.seen = args[0][:TRIAL].detach()
         self.hook.remove()
 
     def __call__(self) -> torch.Tensor | None:
         if self.terms is None:
             if self.seen is None or self.model is None:
                 return None
-            graph = dependency_graph(self.model, self.seen)
-            layers = {name: _last(self.model, name) for name in self.eased}
-            self.terms = [
-                (self.eased[name], slices(_group(graph, layer, name)), _pruner(layer)[1])
-                for name, layer in layers.items()
-            ]
+            groups = groups_of(self.model, self.seen, {name: keep for name, (keep, _) in self.eased.items()}, here=True)
+            self.terms = [(weight, groups.named(name)) for name, (_, weight) in self.eased.items()]
         # The root of zero has no slope; a tiny floor keeps the gradient finite.
-        parts = [weight * (squared_norms(part, n) + 1e-12).sqrt().sum() for weight, part, n in self.terms]
+        parts = [weight * (squared_norms(g.slices, g.size) + 1e-12).sqrt().sum() for weight, g in self.terms]
         return torch.stack(parts).sum()
 
 
@@ -272,9 +232,11 @@ class _Lasso:
 
 @dataclass
 class _Candidate:
-    """A group that may be pruned: its width, its own ratio where it has one, its scores where they are compared."""
+    """A group that may be pruned: its width and multiple, its own ratio where it has one, its scores where they are
+    compared."""
 
     channels: int
+    multiple: int
     ratio: float | None
     scores: torch.Tensor | None
 
@@ -298,37 +260,30 @@ def _check_options(
 
 
 def _chosen(
-    model: nn.Module, sample: torch.Tensor, loss: Loss | None, importance: str, layers: Sequence[str],
-    skip: Sequence[str], ratios: Mapping[str, float], scored: bool,
+    groups: Groups, sample: torch.Tensor, loss: Loss | None, importance: str, layers: Sequence[str],
+    skip: Sequence[str], ratios: Mapping[str, float], scored: bool, round_to: int,
 ) -> dict[str, _Candidate]:  # fmt: skip
-    """The groups to prune by the name of their first layer, in the order of the model."""
-    names = {module: name for name, module in model.named_modules()}
-    known = [name for module, name in names.items() if isinstance(module, nn.Conv2d | nn.Linear)]
+    """The groups to prune by name, in the order of the model."""
+    model, every = groups.model, groups.all()
+    known = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    known += [name for group in every for name in (group.name, *group.makers) if name not in known]
     wanted, left = matching(known, layers, "channel_prune"), matching(known, skip, "channel_prune")
     for pattern in ratios:
         matching(known, [pattern], "channel_prune")
-    graph = dependency_graph(model, sample)
     if scored and importance == "taylor" and loss is not None:
         gradients(model, sample, loss)
     found: dict[str, _Candidate] = {}
-    for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
-        members = [dep.layer for dep, _ in group if dep.handler in PRODUCERS and dep.layer in names]
-        tied = sorted((names[layer] for layer in members), key=known.index)
-        normalised = any(isinstance(dep.layer, nn.BatchNorm2d | nn.BatchNorm1d) for dep, _ in group)
-        if (
-            _reaches_output(group)
-            or not wanted.intersection(tied)
-            or left.intersection(tied)
-            or (importance == "bn" and not normalised)
-        ):
+    for group in every:
+        names = {group.name, *group.makers}
+        own = next((r for pattern, r in ratios.items() if any(fnmatchcase(n, pattern) for n in names)), None)
+        if group.role == "head_dim" and not any(p.endswith("head_dim") for p in (*layers, *ratios)):
+            continue  # half of the heads and half of each is a quarter
+        if not wanted & names or left & names or (importance == "bn" and not group.normalised):
             continue
-        name = next(name for name in tied if not _depthwise(model.get_submodule(name)))
-        whole = _group(graph, model.get_submodule(name), name)
-        own = next((r for pattern, r in ratios.items() if any(fnmatchcase(n, pattern) for n in tied)), None)
         score = None
         if scored and own is None:
-            score = IMPORTANCES[importance](whole, Evidence(model, name, sample, loss is not None))
-        found[name] = _Candidate(_pruner(model.get_submodule(name))[1], own, score)
+            score = IMPORTANCES[importance](group, Evidence(model, group.name, sample, loss is not None))
+        found[group.name] = _Candidate(group.size, group.multiple(round_to), own, score)
     model.zero_grad(set_to_none=True)
     if not found:
         raise CompressionError(
@@ -336,19 +291,45 @@ def _chosen(
             + (" by its batch normalisation." if importance == "bn" else "."),
             expected="a convolution or linear layer before the output layer",
         )
-    return {name: found[name] for name in sorted(found, key=known.index)}
+    return found
 
 
-def _depthwise(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and layer.groups == layer.out_channels > 1
+def _counts(
+    groups: Groups, chosen: dict[str, _Candidate], sample: torch.Tensor, ratio: float | None, macs: float | None,
+    meant: Sequence[str] | None,
+) -> dict[str, int]:  # fmt: skip
+    """How many channels to keep of every group that loses some.
+
+    Args:
+        meant: where groups that cannot be pruned are left out, the names that must not be; nothing where none are.
+    """
+    counted = _macs(groups.model, sample)
+
+    def left(keep: Mapping[str, int]) -> float:
+        """Share of the MACs that is left."""
+        return _macs(groups.trial(keep, sample), sample) / counted
+
+    def attempt(share: float) -> tuple[dict[str, int], float]:
+        """What to keep at a ratio, and the share of MACs that it leaves."""
+        while True:
+            keep = _keeps(chosen, share)
+            try:
+                return keep, left(keep)
+            except UnprunableError as error:
+                if meant is None:
+                    raise
+                del chosen[error.layer]
+                if error.layer in meant or not chosen:
+                    raise
+
+    if macs is None:
+        keep, _ = attempt(0.5 if ratio is None else ratio)
+        return keep
+    own = {name: group for name, group in chosen.items() if group.ratio is None}
+    return _give_back(_bisect(attempt, macs), own, lambda more: left(more) <= macs)
 
 
-def _reaches_output(group: Any) -> bool:
-    """Whether the last operator of the model gives these channels out, rather than reads them."""
-    return any(not dep.target.outputs and dep.handler not in CONSUMERS for dep, _ in group)
-
-
-def _keeps(groups: Mapping[str, _Candidate], share: float, round_to: int) -> dict[str, int]:
+def _keeps(groups: Mapping[str, _Candidate], share: float) -> dict[str, int]:
     """Layer → channels to keep, of those that lose any, when ``share`` of the channels is removed.
 
     Groups with scores are compared: the weakest of all their channels go.
@@ -364,23 +345,24 @@ def _keeps(groups: Mapping[str, _Candidate], share: float, round_to: int) -> dic
     for name, group in groups.items():
         gone = lost[name] if group.ratio is None else group.ratio * group.channels
         # Rounded first: 1 − 0.9 of ten channels is one channel, not 0.9999….
-        multiples = max(1, math.ceil(round((group.channels - gone) / round_to, 6)))
-        if multiples * round_to < group.channels:
-            keep[name] = multiples * round_to
+        multiples = max(1, math.ceil(round((group.channels - gone) / group.multiple, 6)))
+        if multiples * group.multiple < group.channels:
+            keep[name] = multiples * group.multiple
     return keep
 
 
 def _give_back(
-    keep: dict[str, int], widths: Mapping[str, int], round_to: int, fits: Callable[[dict[str, int]], bool]
+    keep: dict[str, int], groups: Mapping[str, _Candidate], fits: Callable[[dict[str, int]], bool]
 ) -> dict[str, int]:
     """One multiple of channels more for each group for which it ``fits``, the most pruned group first, in rounds."""
+    widths = {name: group.channels for name, group in groups.items()}
     before: dict[str, int] = {}
     while keep != before:
         before = keep
         shares = {name: count / widths[name] for name, count in keep.items() if name in widths}
         for name in sorted(shares, key=lambda name: shares[name]):
             if keep[name] < widths[name]:
-                more = keep | {name: min(keep[name] + round_to, widths[name])}
+                more = keep | {name: min(keep[name] + groups[name].multiple, widths[name])}
                 keep = more if fits(more) else keep
     return {name: count for name, count in keep.items() if count != widths.get(name)}
 

@@ -1,22 +1,19 @@
-"""Which slices of which layers one channel runs through: torch-pruning's dependency groups, as views of the weights."""
+"""Groups: channels, units or heads that go together, and which slices of which weights each of them owns.
+
+Whatever finds them (:mod:`nas.compression.dependency`, :mod:`nas.compression.traced`), a score looks at slices only.
+"""
 
 from __future__ import annotations
 
+import abc
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import nn
 
 from nas.errors import CompressionError
-
-PRODUCERS = (tp.prune_conv_out_channels, tp.prune_depthwise_conv_out_channels, tp.prune_linear_out_channels)
-CONSUMERS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @contextlib.contextmanager
@@ -31,36 +28,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def dependency_graph(model: nn.Module, sample: torch.Tensor) -> Any:
-    """torch-pruning's graph of ``model``, which stays as it is.
-
-    Raises:
-        CompressionError: the forward cannot be followed.
-    """
-    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    with evaluating(model), torch.enable_grad():  # the graph is that of the gradients
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        try:
-            return tp.DependencyGraph().build_dependency(model, example_inputs=(sample[:1],), verbose=False)
-        except Exception as error:
-            raise CompressionError(
-                f"channel_prune: the model's layers cannot be followed from output to input: {error}.",
-                expected="a forward of one tensor whose result has gradients",
-            ) from error
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-
-
 @dataclass(frozen=True)
 class Slices:
-    """The part of one tensor that belongs to a group, one row a channel.
+    """The part of one tensor that belongs to a group, one row a place along one of its axes.
 
     Attributes:
         layer, attribute: where the tensor is looked up each time, since training and pruning replace it.
-        rows: from the whole tensor to ``[channels of the layer, weights of one channel]``.
-        here, root: channel numbers in this layer and in the group's first one, ``[k]`` each.
+        rows: from the whole tensor to ``[places, weights of one place]``.
+        here, root: numbers of rows, and of the group's channels that they belong to, ``[k]`` each.
+        reads: whether the layer takes the channels in, rather than gives them out or scales them.
     """
 
     layer: nn.Module
@@ -68,6 +44,7 @@ class Slices:
     rows: Callable[[torch.Tensor], torch.Tensor]
     here: torch.Tensor
     root: torch.Tensor
+    reads: bool
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rows of ``tensor`` that belong to the group, ``[k, n]``."""
@@ -78,47 +55,112 @@ class Slices:
         found: torch.Tensor = getattr(self.layer, self.attribute)
         return found
 
-
-def slices(group: Any) -> list[Slices]:
-    """Every weight, bias, and normalisation's scale and offset that a group's channels own."""
-    found = []
-    for i, (dep, idxs) in enumerate(group):
-        layer, here, root = dep.layer, torch.tensor(idxs), torch.tensor(group[i].root_idxs)
-        rows = _rows(layer, dep.handler in CONSUMERS)
-        if rows is not None:
-            found.append(Slices(layer, "weight", rows, here, root))
-            if getattr(layer, "bias", None) is not None and dep.handler not in CONSUMERS:
-                found.append(Slices(layer, "bias", _column, here, root))
-    return found
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is an offset, which says nothing of how much a channel is used."""
+        return self.attribute.endswith("bias")
 
 
-def _rows(layer: Any, consumes: bool) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """How a layer's weight is cut into channels; nothing where it has none to cut."""
-    if isinstance(layer, nn.Linear):
-        return _second if consumes else _first
-    if isinstance(layer, CONVOLUTIONS):
-        return partial(_second, groups=layer.groups) if consumes else _first
-    if isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1:
-        return _first if consumes else _second
-    weight = getattr(layer, "weight", None)
-    return _column if isinstance(weight, nn.Parameter) and weight.ndim == 1 and len(weight) > 1 else None
+@dataclass(frozen=True)
+class Group:
+    """Channels that go together.
+
+    Attributes:
+        name: that settings call it by.
+        size: how many there are.
+        slices: all weights that they own.
+        makers: names of all layers whose outputs they are.
+        role: "heads", "head_dim", or "" for channels and units.
+    """
+
+    name: str
+    size: int
+    slices: tuple[Slices, ...]
+    makers: tuple[str, ...]
+    role: str = ""
+
+    @property
+    def normalised(self) -> bool:
+        """Whether a batch normalisation scales them."""
+        return any(isinstance(part.layer, nn.BatchNorm1d | nn.BatchNorm2d) for part in self.slices)
+
+    def multiple(self, round_to: int) -> int:
+        """What the number that is kept is rounded to: heads are counted one by one."""
+        return 1 if self.role == "heads" else round_to
 
 
-def _column(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.unsqueeze(1)
+class Groups(abc.ABC):
+    """All groups of a model.
+
+    Attributes:
+        model: that the slices are of.
+    """
+
+    model: nn.Module
+
+    @abc.abstractmethod
+    def all(self) -> list[Group]:
+        """Those that may be pruned, each once, in the order of the model."""
+
+    @abc.abstractmethod
+    def named(self, name: str) -> Group:
+        """The group that a setting means.
+
+        Raises:
+            CompressionError: there is none of that name, or it cannot be pruned.
+        """
+
+    @abc.abstractmethod
+    def without(self, lost: Mapping[str, Sequence[int]], sample: torch.Tensor) -> nn.Module:
+        """The model without the named groups' channels of these numbers. These groups are used up by it.
+
+        Raises:
+            UnprunableError: the model does not work without them.
+        """
+
+    @abc.abstractmethod
+    def trial(self, keep: Mapping[str, int], sample: torch.Tensor) -> nn.Module:
+        """A model as :meth:`without` makes it, with so many channels of the named groups, whichever they are."""
 
 
-def _first(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.flatten(1)
+class UnprunableError(CompressionError):
+    """Pruning a group breaks the model; ``layer`` names it."""
+
+    layer = ""
 
 
-def _second(tensor: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """``[out, in / groups, ...]`` → ``[in, out / groups · ...]``."""
-    split = tensor.reshape(groups, tensor.shape[0] // groups, tensor.shape[1], -1)
-    return split.transpose(1, 2).reshape(groups * tensor.shape[1], -1)
+def unprunable(name: str, reason: str) -> UnprunableError:
+    """The error for the group called ``name``."""
+    error = UnprunableError(f"channel_prune: {name!r} cannot be pruned: {reason}.", remedy="leave it out (skip it)")
+    error.layer = name
+    return error
 
 
-def squared_norms(parts: list[Slices], channels: int) -> torch.Tensor:
+def check_keep(keep: int, group: Group, name: str) -> None:
+    """Raise a CompressionError where a group does not have as many channels as are to be kept."""
+    if not 1 <= keep <= group.size:
+        what = group.role or "channels"
+        raise CompressionError(
+            f"channel_prune: keep {keep} of {group.size} {what} of {name!r}.", expected=f"1..{group.size}"
+        )
+
+
+def shape_of_output(model: nn.Module, sample: torch.Tensor) -> tuple[int, ...]:
+    """Shape of what the model makes of the sample.
+
+    Raises:
+        CompressionError: it makes more than one tensor.
+    """
+    with evaluating(model), torch.no_grad():
+        output = model(sample)
+    if not isinstance(output, torch.Tensor):
+        raise CompressionError(
+            f"channel_prune: the model returns a {type(output).__name__}.", expected="a model that returns one tensor"
+        )
+    return tuple(output.shape)
+
+
+def squared_norms(parts: Sequence[Slices], channels: int) -> torch.Tensor:
     """Sum of squares of everything that each channel owns, ``[channels]``; has gradients."""
     first = parts[0].parameter
     total = torch.zeros(channels, dtype=first.dtype, device=first.device)

@@ -1,18 +1,16 @@
-"""How much a channel matters: one function per criterion, each from a dependency group to a score per channel."""
+"""How much a channel matters: one function per criterion, each from a group to a score per channel, ``[size]``."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import nn
 
 from nas.compression.base import Loss
-from nas.compression.groups import CONSUMERS, evaluating, slices, squared_norms
+from nas.compression.groups import Group, Slices, evaluating, squared_norms
 from nas.errors import CompressionError
 
 BINS = 32
@@ -24,7 +22,7 @@ class Evidence:
 
     Attributes:
         model: as it is now, with gradients where :func:`gradients` was called.
-        name: of the group's first layer.
+        name: of the group.
         sample: raw inputs ``[n, *input_shape]``.
         slopes: whether there are gradients.
     """
@@ -42,58 +40,73 @@ def gradients(model: nn.Module, sample: torch.Tensor, loss: Loss) -> None:
         loss(model(sample)).backward()
 
 
-def l1(group: Any, evidence: Evidence) -> torch.Tensor:
+def l1(group: Group, evidence: Evidence) -> torch.Tensor:
     """Sum of magnitudes in every layer that the channel runs through (Li et al. 2017, "Pruning Filters for Efficient
     ConvNets")."""
-    return _known(tp.importance.GroupMagnitudeImportance(p=1)(group), evidence)
+    return _magnitudes(group, evidence, torch.abs)
 
 
-def l2(group: Any, evidence: Evidence) -> torch.Tensor:
+def l2(group: Group, evidence: Evidence) -> torch.Tensor:
     """Sum of squares in every layer that the channel runs through."""
-    return _known(tp.importance.GroupMagnitudeImportance(p=2)(group), evidence)
+    return _magnitudes(group, evidence, torch.square)
 
 
-def taylor(group: Any, evidence: Evidence) -> torch.Tensor:
+def _magnitudes(group: Group, evidence: Evidence, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    return _summed([part for part in group.slices if not part.is_bias], group, evidence, of)
+
+
+def _summed(
+    parts: Sequence[Slices], group: Group, evidence: Evidence, of: Callable[[torch.Tensor], torch.Tensor],
+    reason: str = "it has no weights",
+) -> torch.Tensor:  # fmt: skip
+    """Per channel the sum of ``of`` all its weights in ``parts``."""
+    if not parts:
+        raise CompressionError(
+            f"channel_prune: {evidence.name!r} cannot be scored by this importance: {reason}.",
+            expected=f"another importance: {', '.join(IMPORTANCES)}",
+        )
+    score = torch.zeros(group.size)
+    for part in parts:
+        score.index_add_(0, part.root, of(part.of(part.parameter.detach())).sum(dim=1).cpu().float())
+    return score
+
+
+def taylor(group: Group, evidence: Evidence) -> torch.Tensor:
     """Squared change of the loss when the channel becomes zero, to first order: (Σ g·w)², summed over the layers that
     it runs through (Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", eq. 8). Without
     gradients: L1."""
     if not evidence.slopes:
         return l1(group, evidence)
-    channels = len(group[0].idxs)
-    score = torch.zeros(channels)
-    for part in slices(group):
+    score = torch.zeros(group.size)
+    for part in group.slices:
         if part.parameter.grad is not None:
             change = part.of(part.parameter.detach() * part.parameter.grad).sum(dim=1)
             score.index_add_(0, part.root, change.square().cpu().float())
     return score
 
 
-def entropy(group: Any, evidence: Evidence) -> torch.Tensor:
+def entropy(group: Group, evidence: Evidence) -> torch.Tensor:
     """Entropy −Σ p·log p of the channel's mean activation over the sample (Luo & Wu 2017, "An Entropy-based Pruning
     Method for CNN Compression", eq. 2), as the layers that read the channel see it, in a histogram whose 32 bins span
     the widest channel's range. A channel that says the same about every input has none."""
-    readers = [i for i, (dep, _) in enumerate(group) if dep.handler in CONSUMERS]
+    readers = [part for part in group.slices if part.reads]
     seen: dict[nn.Module, torch.Tensor] = {}
 
     def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         seen[module] = _pooled(args[0], module)
 
-    hooks = [group[i].dep.layer.register_forward_pre_hook(note) for i in readers]
+    hooks = [part.layer.register_forward_pre_hook(note) for part in readers]
     try:
         with evaluating(evidence.model), torch.no_grad():
             evidence.model(evidence.sample)
     finally:
         for hook in hooks:
             hook.remove()
-    channels = len(group[0].idxs)
-    score, count = torch.zeros(channels), torch.zeros(channels)
-    for i in readers:
-        dep, idxs = group[i]
-        if dep.layer in seen:
-            bits = _entropies(seen[dep.layer])[torch.tensor(idxs)]
-            root = torch.tensor(group[i].root_idxs)
-            score.index_add_(0, root, bits)
-            count.index_add_(0, root, torch.ones(len(root)))
+    score, count = torch.zeros(group.size), torch.zeros(group.size)
+    for part in readers:
+        if part.layer in seen:
+            score.index_add_(0, part.root, _entropies(seen[part.layer])[part.here])
+            count.index_add_(0, part.root, torch.ones(len(part.root)))
     return score / count.clamp(min=1)
 
 
@@ -113,38 +126,31 @@ def _entropies(values: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(shares).sum(dim=1)
 
 
-def bn(group: Any, evidence: Evidence) -> torch.Tensor:
+def bn(group: Group, evidence: Evidence) -> torch.Tensor:
     """Magnitude of the batch normalisation's scale γ (Liu et al. 2017, "Learning Efficient Convolutional Networks
     through Network Slimming").
 
     Raises:
         CompressionError: no batch normalisation follows the layer.
     """
-    return _known(tp.importance.BNScaleImportance()(group), evidence, "no batch normalisation follows it")
+    norms = [part for part in group.slices if isinstance(part.layer, nn.BatchNorm1d | nn.BatchNorm2d)]
+    scales = [part for part in norms if not part.is_bias]
+    return _summed(scales, group, evidence, torch.abs, "no batch normalisation follows it")
 
 
-def random(group: Any, evidence: Evidence) -> torch.Tensor:
+def random(group: Group, evidence: Evidence) -> torch.Tensor:
     """Nothing is known: the baseline of every other score. The layer's name is the seed."""
     generator = torch.Generator().manual_seed(zlib.crc32(evidence.name.encode()))
-    return torch.rand(len(group[0].idxs), generator=generator)
+    return torch.rand(group.size, generator=generator)
 
 
-def group_lasso(group: Any, evidence: Evidence) -> torch.Tensor:
+def group_lasso(group: Group, evidence: Evidence) -> torch.Tensor:
     """Norm ‖w‖₂ of everything that the channel owns: what the penalty of the plain epochs drives to zero (Wen et al.
     2016, "Learning Structured Sparsity in Deep Neural Networks", eq. 3)."""
-    return squared_norms(slices(group), len(group[0].idxs)).sqrt().detach()
+    return squared_norms(group.slices, group.size).sqrt().detach()
 
 
-def _known(score: torch.Tensor | None, evidence: Evidence, reason: str = "it has no weights") -> torch.Tensor:
-    if score is None:
-        raise CompressionError(
-            f"channel_prune: {evidence.name!r} cannot be scored by this importance: {reason}.",
-            expected=f"another importance: {', '.join(IMPORTANCES)}",
-        )
-    return score
-
-
-Importance = Callable[[Any, Evidence], torch.Tensor]
+Importance = Callable[[Group, Evidence], torch.Tensor]
 IMPORTANCES: dict[str, Importance] = {
     "l1": l1, "l2": l2, "taylor": taylor, "entropy": entropy, "bn": bn, "random": random, "group_lasso": group_lasso,
 }  # fmt: skip

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from nas.compression.base import Loss, Pass, matching, named_module, passes
+from nas.compression.branches import Branches
 from nas.compression.fold import replace_module
 from nas.compression.groups import evaluating
 from nas.errors import CompressionError
@@ -24,6 +25,10 @@ class LayerDrop(Pass):
 
     A block can go if it gives out what it takes in, by shape: one tensor each. Of a residual block that is one module,
     input and output are the same then, so dropping it is dropping its body.
+
+    Of a traced model, a graph module, the residual branches can go, wherever in the forward they lie: what is read
+    after the addition is what went into it. They have the name of the module that holds them alone, or else of their
+    last layer: ``layers.0.attention.proj``. Beside them, single layers can.
     """
 
     @classmethod
@@ -56,7 +61,8 @@ class LayerDrop(Pass):
         """
         _check_options(count, ratio, importance, loss)
         model = copy.deepcopy(model)
-        blocks = _candidates(model, sample, candidates)
+        found = _branches(model, sample) or _Modules(model)
+        blocks = found.candidates(candidates, sample)
         wanted = round(ratio * len(blocks)) if ratio is not None else 1 if count is None else count
         if wanted > len(blocks):
             raise CompressionError(
@@ -68,11 +74,11 @@ class LayerDrop(Pass):
         with evaluating(model), torch.no_grad():
             while len(dropped) < wanted:
                 if importance == "loss" and loss is not None:
-                    matters = {name: _loss_without(model, name, sample, loss) for name in blocks}
+                    matters = {name: found.loss_without(name, sample, loss) for name in blocks}
                 else:
-                    matters = {name: calls.change for name, calls in _watch(model, sample, blocks).items()}
+                    matters = found.changes(blocks, sample)
                 least = min(blocks, key=lambda name: matters[name])
-                replace_module(model, least, nn.Identity())
+                found.drop(least)
                 blocks.remove(least)
                 dropped.append(least)
         return dict.fromkeys(dropped, True)
@@ -83,18 +89,25 @@ class LayerDrop(Pass):
                 raise CompressionError(f"layer_drop: {setting!r} for {name!r}.", expected="True, or no entry")
             if not name:
                 raise CompressionError("layer_drop: '' is the whole model.", expected="a name of a module in it")
+        found = _branches(model, sample) or _Modules(model)
+        for name in self.settings:
             named_module(model, name, "layer_drop")
             if outer := next((other for other in self.settings if name.startswith(f"{other}.")), None):
                 raise CompressionError(f"layer_drop: {name!r} lies in {outer!r}, which goes as a whole.")
-        for name, calls in _watch(model, sample, self.settings).items():
-            if calls.obstacle:
-                raise CompressionError(
-                    f"layer_drop: {name!r} cannot be dropped: {calls.obstacle}.",
-                    expected="a module that takes one tensor and gives one of the same shape",
-                )
+        found.check(self.settings, sample)
         for name in self.settings:
-            replace_module(model, name, nn.Identity())
-        return model
+            found.drop(name)
+        return found.result()
+
+
+def _branches(model: nn.Module, sample: torch.Tensor) -> Branches | None:
+    """The blocks of a model that is a graph, where it can be followed."""
+    if not isinstance(model, fx.GraphModule):
+        return None
+    try:
+        return Branches(model, sample)
+    except CompressionError:
+        return None
 
 
 def _check_options(count: Any, ratio: Any, importance: Any, loss: Loss | None) -> None:
@@ -166,25 +179,52 @@ def _watch(model: nn.Module, sample: torch.Tensor, names: Iterable[str]) -> Mapp
     return found
 
 
-def _loss_without(model: nn.Module, name: str, sample: torch.Tensor, loss: Loss) -> float:
-    """The loss when the block is skipped; the block is put back."""
-    block = model.get_submodule(name)
-    replace_module(model, name, nn.Identity())
-    try:
-        return float(loss(model(sample)))
-    finally:
-        replace_module(model, name, block)
+class _Modules:
+    """Blocks of a model that are modules of it; dropped in place."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
 
-def _candidates(model: nn.Module, sample: torch.Tensor, patterns: Sequence[str]) -> list[str]:
-    """Names of the outermost modules that may be dropped, in the order of the model."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    wanted = matching(modules, patterns, "layer_drop")
-    calls = _watch(model, sample, [name for name in modules if name in wanted and _weighty(modules[name])])
-    fit = {name for name, seen in calls.items() if seen.count == 1 and not seen.obstacle}
-    stages = {name for name in fit if _stage(modules[name], name, fit)}
-    blocks = [name for name in modules if name in fit - stages]
-    return [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
+    def candidates(self, patterns: Sequence[str], sample: torch.Tensor) -> list[str]:
+        """Names of the outermost modules that may be dropped, in the order of the model."""
+        modules = {name: module for name, module in self._model.named_modules() if name}
+        wanted = matching(modules, patterns, "layer_drop")
+        weighty = [name for name in modules if name in wanted and _weighty(modules[name])]
+        calls = _watch(self._model, sample, weighty)
+        fit = {name for name, seen in calls.items() if seen.count == 1 and not seen.obstacle}
+        stages = {name for name in fit if _stage(modules[name], name, fit)}
+        blocks = [name for name in modules if name in fit - stages]
+        return [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
+
+    def check(self, names: Iterable[str], sample: torch.Tensor) -> None:
+        """Raise a CompressionError where one of these modules cannot be dropped."""
+        for name, calls in _watch(self._model, sample, names).items():
+            if calls.obstacle:
+                raise CompressionError(
+                    f"layer_drop: {name!r} cannot be dropped: {calls.obstacle}.",
+                    expected="a module that takes one tensor and gives one of the same shape",
+                )
+
+    def changes(self, names: Collection[str], sample: torch.Tensor) -> dict[str, float]:
+        """How much each block changes what goes through it."""
+        return {name: calls.change for name, calls in _watch(self._model, sample, names).items()}
+
+    def loss_without(self, name: str, sample: torch.Tensor, loss: Loss) -> float:
+        """The loss when the block is skipped; the block is put back."""
+        block = self._model.get_submodule(name)
+        replace_module(self._model, name, nn.Identity())
+        try:
+            return float(loss(self._model(sample)))
+        finally:
+            replace_module(self._model, name, block)
+
+    def drop(self, name: str) -> None:
+        """Put an identity in place of a block."""
+        replace_module(self._model, name, nn.Identity())
+
+    def result(self) -> nn.Module:
+        """The model without what was dropped."""
+        return self._model
 
 
 def _weighty(module: nn.Module) -> bool:

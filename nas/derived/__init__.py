@@ -1,7 +1,5 @@
-"""Search spaces from a user's own model: traced, its groups, layers and blocks found, its pieces priced."""
+"""Search spaces from a user's own model: what may be chosen in it, and what its pieces cost."""
 
 from nas.derived.space import DerivedSpace
-from nas.derived.structure import Structure
-from nas.derived.trace import trace
 
-__all__ = ["DerivedSpace", "Structure", "trace"]
+__all__ = ["DerivedSpace"]

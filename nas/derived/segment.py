@@ -21,11 +21,11 @@ from torch import fx, nn
 from nas.compression import apply_passes, restore, rewrite_onnx
 from nas.compression.base import Plan
 from nas.compression.fold import fold_batchnorm
-from nas.derived.dims import Dim, Var
-from nas.derived.shrink import shrunk
-from nas.derived.structure import FOLDED, Cluster, Structure
+from nas.derived.clusters import FOLDED, Cluster, Clustered
 from nas.parts import Part, Shape
 from nas.student.export import export_fixed
+from nas.tracing.dims import Dim, Var
+from nas.tracing.shrink import shrunk
 
 Sizes = Mapping[Var, int]
 ACTIVATION_SCALE = 6.0 / 255
@@ -94,7 +94,7 @@ class Segment(Part):
         return self.writer(batch)
 
 
-def segment(structure: Structure, cluster: Cluster, sizes: Sizes, plan: Plan, precision: str, bits: int) -> Segment:
+def segment(structure: Clustered, cluster: Cluster, sizes: Sizes, plan: Plan, precision: str, bits: int) -> Segment:
     """The part of ``cluster`` where the variables have ``sizes``.
 
     Args:
@@ -116,7 +116,7 @@ def segment(structure: Structure, cluster: Cluster, sizes: Sizes, plan: Plan, pr
     )  # fmt: skip
 
 
-def _shape(structure: Structure, node: fx.Node, single: Sizes) -> Shape:
+def _shape(structure: Clustered, node: fx.Node, single: Sizes) -> Shape:
     """Shape for one sample, without axes of the batch alone."""
     batch = structure.axes.batch
     dims: list[Dim] = structure.axes.of[node]
@@ -126,7 +126,7 @@ def _shape(structure: Structure, node: fx.Node, single: Sizes) -> Shape:
 # ---- what it is called ------------------------------------------------------------------------------
 
 
-def _text(structure: Structure, cluster: Cluster, single: Sizes, plan: Plan, bits: int) -> str:
+def _text(structure: Clustered, cluster: Cluster, single: Sizes, plan: Plan, bits: int) -> str:
     places = {node: f"i{i}" for i, node in enumerate(cluster.inputs)}
     words, before = [], cluster.inputs[0] if cluster.inputs else None
     for i, node in enumerate(cluster.nodes):
@@ -146,7 +146,7 @@ def _text(structure: Structure, cluster: Cluster, single: Sizes, plan: Plan, bit
     return " ".join(words)
 
 
-def _word(structure: Structure, node: fx.Node, layer: nn.Module | None, single: Sizes) -> str:
+def _word(structure: Clustered, node: fx.Node, layer: nn.Module | None, single: Sizes) -> str:
     if isinstance(layer, nn.Conv2d | nn.Conv1d):
         out = structure.axes.layers[str(node.target)][1].sized(dict(single))
         depthwise = layer.groups == layer.in_channels > 1
@@ -195,7 +195,7 @@ def _integers(value: Any) -> list[int]:
 # ---- what it costs on paper ---------------------------------------------------------------------------
 
 
-def _counts(structure: Structure, cluster: Cluster, single: Sizes, plan: Plan) -> tuple[int, int]:
+def _counts(structure: Clustered, cluster: Cluster, single: Sizes, plan: Plan) -> tuple[int, int]:
     """MACs of a sample and deployed parameters, counted as :func:`nas.student.export.onnx_macs_params` does."""
     macs = params = 0
     for node in cluster.nodes:
@@ -204,7 +204,7 @@ def _counts(structure: Structure, cluster: Cluster, single: Sizes, plan: Plan) -
     return macs, params
 
 
-def _layer_counts(structure: Structure, node: fx.Node, single: Sizes, plan: Plan) -> tuple[int, int] | None:
+def _layer_counts(structure: Clustered, node: fx.Node, single: Sizes, plan: Plan) -> tuple[int, int] | None:
     layer, path = structure.layer(node), str(node.target)
     if isinstance(layer, nn.Conv2d | nn.Conv1d | nn.Linear):
         x, out = (dim.sized(dict(single)) for dim in structure.axes.layers[path])
@@ -232,7 +232,7 @@ def _layer_counts(structure: Structure, node: fx.Node, single: Sizes, plan: Plan
     return None
 
 
-def _is_normalised(structure: Structure, node: fx.Node) -> bool:
+def _is_normalised(structure: Clustered, node: fx.Node) -> bool:
     """Whether a batch normalisation follows alone, which leaves its shift as the layer's bias."""
     users = list(node.users)
     return (
@@ -241,7 +241,7 @@ def _is_normalised(structure: Structure, node: fx.Node) -> bool:
     )  # fmt: skip
 
 
-def _operator_counts(structure: Structure, node: fx.Node, single: Sizes) -> tuple[int, int]:
+def _operator_counts(structure: Clustered, node: fx.Node, single: Sizes) -> tuple[int, int]:
     name = getattr(node.target, "_opname", "")
 
     def size(n: fx.Node, axis: int | None = None) -> int:
@@ -264,7 +264,7 @@ def _operator_counts(structure: Structure, node: fx.Node, single: Sizes) -> tupl
 
 
 def piece_onnx(
-    structure: Structure, cluster: Cluster, sizes: Sizes, plan: Plan, precision: str, batch: int
+    structure: Clustered, cluster: Cluster, sizes: Sizes, plan: Plan, precision: str, batch: int
 ) -> onnx.ModelProto:
     """The cluster as a model of its own for ``batch`` samples; integers in and out where it is int8."""
     chosen = {variable: torch.arange(size) for variable, size in sizes.items()}
@@ -285,7 +285,7 @@ def piece_onnx(
     return exported
 
 
-def _free_batch(model: onnx.ModelProto, structure: Structure, cluster: Cluster) -> None:
+def _free_batch(model: onnx.ModelProto, structure: Clustered, cluster: Cluster) -> None:
     """Batches of any size, as the whole network takes them: the runtime fuses more where it knows the size."""
     values = (*model.graph.input, *model.graph.output)
     for value, node in zip(values, (*cluster.inputs, *cluster.outputs), strict=True):
@@ -294,7 +294,7 @@ def _free_batch(model: onnx.ModelProto, structure: Structure, cluster: Cluster) 
                 value.type.tensor_type.shape.dim[axis].dim_param = "batch"
 
 
-def _sample(structure: Structure, node: fx.Node, sizes: Sizes, generator: torch.Generator) -> torch.Tensor:
+def _sample(structure: Clustered, node: fx.Node, sizes: Sizes, generator: torch.Generator) -> torch.Tensor:
     shape = [dim.sized(dict(sizes)) for dim in structure.axes.of[node]]
     dtype = node.meta["val"].dtype
     if dtype.is_floating_point:

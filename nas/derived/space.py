@@ -17,15 +17,16 @@ from torch import fx, nn
 
 from nas import members
 from nas.compression.base import Plan
-from nas.derived.dims import Dim, Var
-from nas.derived.importance import importance
+from nas.derived.clusters import Cluster, Clustered
 from nas.derived.segment import segment
-from nas.derived.shrink import shrunk
-from nas.derived.structure import RELUS, Block, Cluster, Group, Structure
 from nas.errors import SpaceError
 from nas.parts import Boundary, Part
 from nas.space import Candidate, Choice, SearchSpace, Site, TaskInfo, Training, Treatment
 from nas.student.own import built, with_weights
+from nas.tracing.dims import Dim, Var
+from nas.tracing.importance import importance
+from nas.tracing.shrink import shrunk
+from nas.tracing.structure import RELUS, Block, Group
 
 MOST = 20_000  # combinations of genes that one site may read
 CHAIN = 3  # residual additions in a row, from which on their layers share their bits
@@ -90,7 +91,7 @@ class DerivedSpace(SearchSpace):
             self.recipe = (_again, (task, model, options))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.structure = Structure(module, task.random(2, seed=0))
+            self.structure = Clustered(module, task.random(2, seed=0))
         self.axes = self.structure.axes
         self._classes(task)
         self._skip = tuple(skip)

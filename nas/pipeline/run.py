@@ -26,6 +26,7 @@ from nas.evaluators.train import SAMPLE, Lessons, Recipe, predict, train
 from nas.files import write_json
 from nas.latency import Device
 from nas.locks import run_lock, training_lock
+from nas.pipeline.prepare import prepare
 from nas.pipeline.record import write_record
 from nas.pipeline.steps import Step, plan_of, settings_by_layer
 from nas.progress import Progress, Silent
@@ -116,8 +117,8 @@ class Pipeline:
 
     @cached_property
     def original(self) -> nn.Module:
-        """A copy of the user's model, which stays as it is."""
-        return copy.deepcopy(self.model).eval()
+        """The user's model as the passes get it."""
+        return prepare(copy.deepcopy(self.model).eval(), self.sample, self.progress.note)
 
     @cached_property
     def lessons(self) -> Lessons:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from nas.derived.dims import Axes, Dim, Var
-from nas.derived.trace import is_reshape
+from nas.tracing.dims import Axes, Dim, Var
+from nas.tracing.trace import is_reshape
 
 Chosen = Mapping[Var, torch.Tensor]
 
@@ -55,6 +55,14 @@ def shrunk(
     new.output(results[0] if len(results) == 1 else results)
     targets = {str(node.target) for node in needed if node.op in ("call_module", "get_attr")}
     return fx.GraphModule({target: _part(axes, target, chosen) for target in targets}, new)
+
+
+def with_modes(smaller: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """``smaller``, each layer of it in training or evaluation mode as it is in ``model``."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in smaller.named_modules():
+        module.training = modes.get(name, model.training)
+    return smaller
 
 
 def follow(node: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> fx.Node:

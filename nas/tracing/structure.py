@@ -1,25 +1,22 @@
-"""What of a traced model may be chosen and priced: groups of channels, blocks that can be left out, clusters.
+"""What of a traced model may be chosen: groups of channels, units and heads, and blocks that can be left out.
 
 A *group* is a variable that may shrink. A *block* is a branch that is added to its own input: without it the input
-goes on. A *cluster* is what is priced as one part: a layer and the elementwise operators that follow it alone.
+goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import fx, nn
 
-from nas.derived.dims import Axes, Var, axes
-from nas.derived.trace import shape_of, trace
+from nas.tracing.dims import Axes, Var, axes
+from nas.tracing.trace import FUNCTIONAL, shape_of, trace
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.Embedding)
-FOLDED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
 RELUS = (nn.ReLU, nn.ReLU6)
-POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,8 @@ class Group:
     """Channels, units, heads or dimensions that shrink together.
 
     Attributes:
-        name: of the first layer that has them, with ``.heads`` or ``.head_dim`` in attention.
+        name: of the first layer that has them, with ``.heads`` or ``.head_dim`` in attention; ``/2`` follows where
+            the outputs of one layer are several such groups.
         variable: in the axes of the model.
         layers: paths of all layers that have them as inputs or outputs.
     """
@@ -54,32 +52,6 @@ class Block:
     branch: frozenset[fx.Node]
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Nodes that are priced together, in order; ``layer`` is the path of the one with weights, or ""."""
-
-    name: str
-    nodes: tuple[fx.Node, ...]
-    layer: str
-
-    @cached_property
-    def inputs(self) -> tuple[fx.Node, ...]:
-        """Nodes of other clusters that are read, in the order of reading; parameters are not among them."""
-        own = set(self.nodes)
-        found: dict[fx.Node, None] = {}
-        for node in self.nodes:
-            for n in node.all_input_nodes:
-                if n not in own and n.op != "get_attr" and isinstance(n.meta.get("val"), torch.Tensor):
-                    found[n] = None
-        return tuple(found)
-
-    @cached_property
-    def outputs(self) -> tuple[fx.Node, ...]:
-        """Nodes that others read."""
-        own = set(self.nodes)
-        return tuple(n for n in self.nodes if any(user not in own for user in n.users))
-
-
 class Structure:
     """A traced model, its axes, and what may be chosen.
 
@@ -101,7 +73,6 @@ class Structure:
         self.rank = {node: i for i, node in enumerate(self.model.graph.nodes)}
         self.groups = _groups(self.axes, self.modules)
         self.blocks = self._blocks()
-        self.clusters = self._clusters()
 
     def layer(self, node: fx.Node) -> nn.Module | None:
         """The layer that a node calls, or nothing."""
@@ -167,82 +138,34 @@ class Structure:
         own = [n for n in branch if isinstance(self.layer(n), WEIGHTED)]
         return str(max(own, key=self.rank.__getitem__).target)
 
-    # ---- clusters ----------------------------------------------------------------------------------
-
-    def _clusters(self) -> list[Cluster]:
-        joined: dict[fx.Node, list[fx.Node]] = {}
-        groups: list[list[fx.Node]] = []
-        for node in self.nodes:
-            if node.op in ("get_attr", "call_method") or not _has_tensor(node):
-                continue
-            feeds = [n for n in node.all_input_nodes if n in joined]
-            home = joined[feeds[0]] if len(feeds) == 1 and self._joins(node, feeds[0], joined[feeds[0]]) else None
-            if home is None:
-                home = []
-                groups.append(home)
-            home.append(node)
-            joined[node] = home
-        return [Cluster(self._name(nodes), tuple(nodes), self._weights(nodes)) for nodes in groups]
-
-    def _joins(self, node: fx.Node, before: fx.Node, home: list[fx.Node]) -> bool:
-        layer, first = self.layer(node), self.layer(home[0])
-        if isinstance(layer, WEIGHTED) or any(n.op == "placeholder" for n in node.all_input_nodes):
-            return False
-        if len(before.users) > 1 and not isinstance(before.meta.get("val"), tuple | list):
-            return False  # others read it as it was
-        if isinstance(layer, FOLDED):
-            return True
-        if self.passes_on(home[0]) or isinstance(first, nn.Conv2d | nn.Conv1d):
-            return isinstance(layer, RELUS)  # what int8 goes on with; anything else is float
-        return True
-
-    def passes_on(self, node: fx.Node) -> bool:
-        """Whether the runtime computes a node in integers where its input is: additions and poolings."""
-        if isinstance(self.layer(node), POOLS):
-            return True
-        name = getattr(node.target, "_opname", "")
-        if name == "add":
-            return len(node.all_input_nodes) == 2
-        return name in ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
-
-    def _weights(self, nodes: Sequence[fx.Node]) -> str:
-        return next((str(n.target) for n in nodes if isinstance(self.layer(n), WEIGHTED)), "")
-
-    def _name(self, nodes: Sequence[fx.Node]) -> str:
-        return self._weights(nodes) or nodes[0].name
-
-
-def _has_tensor(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor | tuple | list)
-
 
 def _home(branch: frozenset[fx.Node]) -> str:
-    """Path of the innermost module that all of a branch belongs to."""
-    paths = []
-    for node in branch:
-        stack = node.meta.get("nn_module_stack")
-        if stack:
-            paths.append(list(stack.values())[-1][0].split("@")[0].split("."))
-    if not paths:
-        return ""
+    """Path of the innermost module that all layers of a branch belong to.
+
+    The layers' own names decide, and nothing that only the first tracing of a model knows.
+    """
+    layers = [n for n in branch if n.op == "call_module" and not str(n.target).startswith(f"{FUNCTIONAL}.")]
+    paths = [str(node.target).split(".") for node in layers]
     common = paths[0]
     for path in paths[1:]:
         common = [a for i, a in enumerate(common[: len(path)]) if common[: i + 1] == path[: i + 1]]
     return ".".join(common)
 
 
-def _groups(found: Axes, modules: dict[str, nn.Module]) -> list[Group]:
+def _groups(axes_: Axes, modules: dict[str, nn.Module]) -> list[Group]:
     """Variables that may shrink: those that some layer makes, in the order of the forward."""
     makers: dict[Var, str] = {}
     touched: dict[Var, dict[str, None]] = {}
-    for path, (x, out) in found.layers.items():
+    for path, (x, out) in axes_.layers.items():
         for variable in out.variables:
             if isinstance(modules[path], WEIGHTED):
                 makers.setdefault(variable, path)
         for variable in (*x.variables, *out.variables):
             touched.setdefault(variable, {})[path] = None
-    return [
-        Group(f"{path}.{v.role}" if v.role else path, v, tuple(touched[v]))
-        for v, path in makers.items() if not v.tied and v.size > 1
-    ]  # fmt: skip
+    found: list[Group] = []
+    for variable, path in makers.items():
+        if not variable.tied and variable.size > 1:
+            name = f"{path}.{variable.role}" if variable.role else path
+            twins = sum(group.name.partition("/")[0] == name for group in found)
+            found.append(Group(f"{name}/{twins + 1}" if twins else name, variable, tuple(touched[variable])))
+    return found

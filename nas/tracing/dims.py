@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from nas.derived.trace import BATCH, shape_of
+from nas.tracing.trace import BATCH, shape_of
 
 
 class Var:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nas.derived.dims import Var
-from nas.derived.structure import Structure
+from nas.tracing.dims import Var
+from nas.tracing.structure import Structure
 
 
 def importance(structure: Structure, variable: Var) -> torch.Tensor:
