@@ -22,6 +22,7 @@ from nas.derived.importance import importance
 from nas.derived.segment import segment
 from nas.derived.shrink import shrunk
 from nas.derived.structure import RELUS, Block, Cluster, Group, Structure
+from nas.derived.trace import is_constant
 from nas.errors import SpaceError
 from nas.parts import Boundary, Part
 from nas.space import Candidate, Choice, SearchSpace, Site, TaskInfo, Training, Treatment
@@ -191,7 +192,7 @@ class DerivedSpace(SearchSpace):
         layer = self.structure.layer(node)
         if isinstance(layer, nn.Conv2d):
             return [str(node.target)]
-        if node.op == "placeholder" or node.op == "get_attr":
+        if node.op == "placeholder" or is_constant(node):
             return []
         if layer is None and not self.structure.passes_on(node):
             return []
@@ -305,7 +306,7 @@ class DerivedSpace(SearchSpace):
         layer = self.structure.layer(node)
         if isinstance(layer, nn.Conv2d):
             return (self._asked if asked else self._bits)(c, str(node.target)) <= 8
-        if node.op in ("placeholder", "get_attr", "call_method"):
+        if node.op in ("placeholder", "call_method") or is_constant(node):
             return False
         if isinstance(layer, nn.BatchNorm2d):
             before = node.all_input_nodes[0]
@@ -314,7 +315,7 @@ class DerivedSpace(SearchSpace):
         passes = isinstance(layer, (*RELUS, nn.Dropout, nn.Dropout2d, nn.Identity)) or self.structure.passes_on(node)
         if not passes:
             return False
-        inputs = [self._read(c, n) for n in node.all_input_nodes if n.op != "get_attr"]
+        inputs = [self._read(c, n) for n in node.all_input_nodes if not is_constant(n)]
         return self._integers(c, max(inputs, key=self.structure.rank.__getitem__), asked)
 
     def _quantized(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
@@ -372,7 +373,7 @@ class DerivedSpace(SearchSpace):
         node = cluster.nodes[0]
         if getattr(node.target, "_opname", "") != "add" or len(node.all_input_nodes) != 2:
             return False
-        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        inputs = [n for n in node.all_input_nodes if not is_constant(n)]
         if any(self._quantized(c, n) for n in inputs):
             return False  # it would have to bring integers into the convolutions' layout first
         last = max((self._read(c, n) for n in inputs), key=self.structure.rank.__getitem__)

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from nas.derived.dims import Axes, Var, axes
-from nas.derived.trace import shape_of, trace
+from nas.derived.trace import is_constant, shape_of, trace
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.Embedding)
 FOLDED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
@@ -64,12 +64,12 @@ class Cluster:
 
     @cached_property
     def inputs(self) -> tuple[fx.Node, ...]:
-        """Nodes of other clusters that are read, in the order of reading; parameters are not among them."""
+        """Nodes of other clusters that are read, in the order of reading; constants are not among them."""
         own = set(self.nodes)
         found: dict[fx.Node, None] = {}
         for node in self.nodes:
             for n in node.all_input_nodes:
-                if n not in own and n.op != "get_attr" and isinstance(n.meta.get("val"), torch.Tensor):
+                if n not in own and not is_constant(n) and isinstance(n.meta.get("val"), torch.Tensor):
                     found[n] = None
         return tuple(found)
 
@@ -135,7 +135,7 @@ class Structure:
 
     def _branch(self, shortcut: fx.Node, end: fx.Node, join: fx.Node) -> frozenset[fx.Node] | None:
         """Nodes between ``shortcut`` and ``end`` that nothing but ``join`` needs; nothing where there is more to it."""
-        if end is shortcut or shortcut.op == "get_attr" or shape_of(shortcut) != shape_of(join):
+        if end is shortcut or is_constant(shortcut) or shape_of(shortcut) != shape_of(join):
             return None
         found: set[fx.Node] = set()
         queue = [end]
@@ -143,7 +143,7 @@ class Structure:
             node = queue.pop()
             if node in found or node is shortcut:
                 continue
-            if node.op == "get_attr":
+            if is_constant(node):
                 continue
             if node.op == "placeholder" or self.rank[node] < self.rank[shortcut]:
                 return None
@@ -173,7 +173,7 @@ class Structure:
         joined: dict[fx.Node, list[fx.Node]] = {}
         groups: list[list[fx.Node]] = []
         for node in self.nodes:
-            if node.op in ("get_attr", "call_method") or not _has_tensor(node):
+            if is_constant(node) or _of_sizes(node) or not _has_tensor(node):
                 continue
             feeds = [n for n in node.all_input_nodes if n in joined]
             home = joined[feeds[0]] if len(feeds) == 1 and self._joins(node, feeds[0], joined[feeds[0]]) else None
@@ -210,6 +210,13 @@ class Structure:
 
     def _name(self, nodes: Sequence[fx.Node]) -> str:
         return self._weights(nodes) or nodes[0].name
+
+
+def _of_sizes(node: fx.Node) -> bool:
+    """Whether a node reads nothing of the data but the size of the batch: a number, a constant that is repeated."""
+    return node.op == "call_method" or not any(
+        _has_tensor(n) and not is_constant(n) for n in node.all_input_nodes
+    )  # fmt: skip
 
 
 def _has_tensor(node: fx.Node) -> bool:
