@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from nas.tracing.structure import RELUS, WEIGHTED, Structure
+from nas.tracing.trace import is_constant
 
 FOLDED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -25,12 +26,12 @@ class Cluster:
 
     @cached_property
     def inputs(self) -> tuple[fx.Node, ...]:
-        """Nodes of other clusters that are read, in the order of reading; parameters are not among them."""
+        """Nodes of other clusters that are read, in the order of reading; constants are not among them."""
         own = set(self.nodes)
         found: dict[fx.Node, None] = {}
         for node in self.nodes:
             for n in node.all_input_nodes:
-                if n not in own and n.op != "get_attr" and isinstance(n.meta.get("val"), torch.Tensor):
+                if n not in own and not is_constant(n) and isinstance(n.meta.get("val"), torch.Tensor):
                     found[n] = None
         return tuple(found)
 
@@ -52,7 +53,7 @@ class Clustered(Structure):
         joined: dict[fx.Node, list[fx.Node]] = {}
         groups: list[list[fx.Node]] = []
         for node in self.nodes:
-            if node.op in ("get_attr", "call_method") or not _has_tensor(node):
+            if is_constant(node) or _of_sizes(node) or not _has_tensor(node):
                 continue
             feeds = [n for n in node.all_input_nodes if n in joined]
             home = joined[feeds[0]] if len(feeds) == 1 and self._joins(node, feeds[0], joined[feeds[0]]) else None
@@ -89,6 +90,11 @@ class Clustered(Structure):
 
     def _name(self, nodes: Sequence[fx.Node]) -> str:
         return self._weights(nodes) or nodes[0].name
+
+
+def _of_sizes(node: fx.Node) -> bool:
+    """Whether a node reads nothing of the data but the size of the batch: a number, a constant that is repeated."""
+    return node.op == "call_method" or not any(_has_tensor(n) and not is_constant(n) for n in node.all_input_nodes)
 
 
 def _has_tensor(node: fx.Node) -> bool:

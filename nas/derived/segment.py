@@ -26,6 +26,7 @@ from nas.parts import Part, Shape
 from nas.student.export import export_fixed
 from nas.tracing.dims import Dim, Var
 from nas.tracing.shrink import shrunk
+from nas.tracing.trace import is_constant
 
 Sizes = Mapping[Var, int]
 ACTIVATION_SCALE = 6.0 / 255
@@ -248,16 +249,14 @@ def _operator_counts(structure: Clustered, node: fx.Node, single: Sizes) -> tupl
         dims = structure.axes.of[n]
         return math.prod(d.sized(dict(single)) for d in dims) if axis is None else dims[axis].sized(dict(single))
 
+    stored = sum(size(n) for n in node.all_input_nodes if is_constant(n))
     if name in ("matmul", "bmm", "mm"):
-        return size(node) * size(node.args[0], -1), 0  # type: ignore[arg-type]
+        return size(node) * size(node.args[0], -1), stored  # type: ignore[arg-type]
     if name == "scaled_dot_product_attention":
         q, k = node.args[:2]
         rows = size(q) // size(q, -1)  # type: ignore[arg-type]
         return rows * size(k, -2) * (size(q, -1) + size(node, -1)), 0  # type: ignore[arg-type]
-    if name == "add":
-        stored = [n for n in node.all_input_nodes if n.op == "get_attr"]
-        return 0, sum(size(n) for n in stored)
-    return 0, 0
+    return 0, stored if name in ("add", "layer_norm") else 0
 
 
 # ---- what is timed -----------------------------------------------------------------------------------

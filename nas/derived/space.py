@@ -27,6 +27,7 @@ from nas.tracing.dims import Dim, Var
 from nas.tracing.importance import importance
 from nas.tracing.shrink import shrunk
 from nas.tracing.structure import RELUS, Block, Group
+from nas.tracing.trace import is_constant
 
 MOST = 20_000  # combinations of genes that one site may read
 CHAIN = 3  # residual additions in a row, from which on their layers share their bits
@@ -192,7 +193,7 @@ class DerivedSpace(SearchSpace):
         layer = self.structure.layer(node)
         if isinstance(layer, nn.Conv2d):
             return [str(node.target)]
-        if node.op == "placeholder" or node.op == "get_attr":
+        if node.op == "placeholder" or is_constant(node):
             return []
         if layer is None and not self.structure.passes_on(node):
             return []
@@ -306,7 +307,7 @@ class DerivedSpace(SearchSpace):
         layer = self.structure.layer(node)
         if isinstance(layer, nn.Conv2d):
             return (self._asked if asked else self._bits)(c, str(node.target)) <= 8
-        if node.op in ("placeholder", "get_attr", "call_method"):
+        if node.op in ("placeholder", "call_method") or is_constant(node):
             return False
         if isinstance(layer, nn.BatchNorm2d):
             before = node.all_input_nodes[0]
@@ -315,7 +316,7 @@ class DerivedSpace(SearchSpace):
         passes = isinstance(layer, (*RELUS, nn.Dropout, nn.Dropout2d, nn.Identity)) or self.structure.passes_on(node)
         if not passes:
             return False
-        inputs = [self._read(c, n) for n in node.all_input_nodes if n.op != "get_attr"]
+        inputs = [self._read(c, n) for n in node.all_input_nodes if not is_constant(n)]
         return self._integers(c, max(inputs, key=self.structure.rank.__getitem__), asked)
 
     def _quantized(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
@@ -373,7 +374,7 @@ class DerivedSpace(SearchSpace):
         node = cluster.nodes[0]
         if getattr(node.target, "_opname", "") != "add" or len(node.all_input_nodes) != 2:
             return False
-        inputs = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        inputs = [n for n in node.all_input_nodes if not is_constant(n)]
         if any(self._quantized(c, n) for n in inputs):
             return False  # it would have to bring integers into the convolutions' layout first
         last = max((self._read(c, n) for n in inputs), key=self.structure.rank.__getitem__)

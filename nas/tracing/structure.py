@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from nas.tracing.dims import Axes, Var, axes
-from nas.tracing.trace import FUNCTIONAL, shape_of, trace
+from nas.tracing.trace import FUNCTIONAL, is_constant, shape_of, trace
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.Embedding)
 RELUS = (nn.ReLU, nn.ReLU6)
@@ -106,7 +106,7 @@ class Structure:
 
     def _branch(self, shortcut: fx.Node, end: fx.Node, join: fx.Node) -> frozenset[fx.Node] | None:
         """Nodes between ``shortcut`` and ``end`` that nothing but ``join`` needs; nothing where there is more to it."""
-        if end is shortcut or shortcut.op == "get_attr" or shape_of(shortcut) != shape_of(join):
+        if end is shortcut or is_constant(shortcut) or shape_of(shortcut) != shape_of(join):
             return None
         found: set[fx.Node] = set()
         queue = [end]
@@ -114,7 +114,7 @@ class Structure:
             node = queue.pop()
             if node in found or node is shortcut:
                 continue
-            if node.op == "get_attr":
+            if is_constant(node):
                 continue
             if node.op == "placeholder" or self.rank[node] < self.rank[shortcut]:
                 return None

@@ -48,6 +48,8 @@ def trace(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
     Raises:
         CompressionError: the forward cannot be followed: it depends on values, or fixes the size of the batch.
     """
+    from nas.tracing.simplify import simplify
+
     model = copy.deepcopy(model).eval()
     program = _exported(model, _batch(example))
     graph_module: Any = program.module(check_guards=False)
@@ -60,7 +62,8 @@ def trace(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
     _functional(graph_module.graph)
     rebuilt = _with_layers(graph_module, model)
     _free_batch(rebuilt.graph)
-    rebuilt.graph.eliminate_dead_code()
+    simplify(rebuilt)
+    mark_constants(rebuilt.graph)
     rebuilt.graph.lint()
     rebuilt.recompile()
     rebuilt.delete_all_unused_submodules()
@@ -204,8 +207,12 @@ def _functional_layer(node: fx.Node, module: fx.GraphModule, parts: dict[str, An
         make = nn.ReLU
     elif name == "relu6" or (name in ("hardtanh", "clamp") and tuple(node.args[1:3]) == (0, 6) and len(node.args) == 3):
         make = nn.ReLU6
-    elif name == "linear" and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
-        return _linear(node, module, parts)
+    elif name == "linear":
+        offset = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        return _linear(node, module, parts, node.args[0], node.args[1], offset)
+    elif name == "addmm" and not node.kwargs:
+        # Products with a weight [inputs, outputs], as GPT-2's layers are written.
+        return _linear(node, module, parts, node.args[1], node.args[2], node.args[0], transposed=True)
     if make is None:
         return None
     path = f"{FUNCTIONAL}.{node.name}"
@@ -213,20 +220,23 @@ def _functional_layer(node: fx.Node, module: fx.GraphModule, parts: dict[str, An
     return path, node.args[0]
 
 
-def _linear(node: fx.Node, module: fx.GraphModule, parts: dict[str, Any]) -> tuple[str, Any] | None:
+def _linear(
+    node: fx.Node, module: fx.GraphModule, parts: dict[str, Any], x: Any, factor: Any, offset: Any = None,
+    transposed: bool = False,
+) -> tuple[str, Any] | None:
     """A Linear layer for a product with a parameter, as nn.MultiheadAttention has them."""
-    given: Any = node.args
-    target = str(given[1].target)
-    weight = _attribute(module, target)
-    bias_node = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    bias = None
-    if isinstance(bias_node, fx.Node):
-        if bias_node.op != "get_attr":
-            return None
-        bias = _attribute(module, str(bias_node.target))
-    if not isinstance(weight, nn.Parameter):
+    if any(isinstance(n, fx.Node) and n.op != "get_attr" for n in (factor, offset)):
         return None
+    target = str(factor.target)
+    weight = _attribute(module, target)
+    bias = None if offset is None else _attribute(module, str(offset.target))
+    if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
+        return None
+    if transposed:
+        weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
     path = re.sub(r"[._]weight$", "", target)
+    if type(parts.get(path)) not in (nn.Linear, type(None)):
+        path = f"{FUNCTIONAL}.{node.name}"  # the weight is an embedding's, which stays one
     layer = parts.get(path)
     if type(layer) is not nn.Linear:
         with torch.random.fork_rng(devices=[]):
@@ -235,7 +245,7 @@ def _linear(node: fx.Node, module: fx.GraphModule, parts: dict[str, Any]) -> tup
         if bias is not None:
             layer.bias = bias
         parts[path] = layer
-    return path, node.args[0]
+    return path, x
 
 
 def _free_batch(graph: fx.Graph) -> None:
@@ -256,6 +266,9 @@ def _free_batch(graph: fx.Graph) -> None:
         for user in list(node.users):
             if getattr(user.target, "_opname", "") == "expand":
                 user.op, user.target, user.args = "call_method", "expand", (user.args[0], *user.args[1])
+            elif getattr(user.target, "_opname", "") == "arange":
+                kwargs = {name: value for name, value in user.kwargs.items() if name == "dtype"}
+                user.target, user.kwargs = torch.arange, kwargs
         if not node.users:
             graph.erase_node(node)
             continue
@@ -264,6 +277,25 @@ def _free_batch(graph: fx.Graph) -> None:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+
+
+def mark_constants(graph: fx.Graph) -> None:
+    """Note in every node whether it :func:`is_constant`."""
+    for node in graph.nodes:
+        if node.op != "output":
+            node.meta[CONSTANT] = node.op != "placeholder" and all(n.meta[CONSTANT] for n in node.all_input_nodes)
+
+
+CONSTANT = "constant"
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a value is the same for all inputs: a parameter, or what is computed of parameters alone.
+
+    The exporter stores it, so it is no work, and no part of the forward that could be priced: positions that an
+    embedding looks up by number, a bias that is gathered from a table.
+    """
+    return bool(node.meta[CONSTANT])
 
 
 def is_reshape(node: fx.Node) -> bool:
