@@ -60,9 +60,10 @@ def _same(node: fx.Node) -> fx.Node | None:
     x, own = _tensor(args[0]) if args else None, _tensor(node)
     if x is None or own is None or x.dtype != own.dtype or x.device != own.device:
         return None
-    changes = shape_of(args[0]) != shape_of(node) or (name == "slice" and tuple(args[4:5]) not in ((), (1,)))
-    changes = changes or (name in ("add", "sub") and args[1] != 0)
-    return None if changes else args[0]  # type: ignore[return-value]
+    values: Any = args
+    if shape_of(values[0]) != shape_of(node) or (name == "slice" and tuple(values[4:5]) not in ((), (1,))):
+        return None
+    return None if name in ("add", "sub") and values[1] != 0 else values[0]
 
 
 def _looked_up(graph: fx.Graph, node: fx.Node) -> None:
