@@ -174,7 +174,8 @@ def _entrant(job: Job, name: str) -> Entrant:
         trials = {trial.index: trial for trial, _ in read_trials(*recorded_in(job.experiment, job.run, arm))}
         if index not in trials:
             raise StudyError(
-                f"The run has no trial {index} of {arm!r}.", expected=f"{min(trials)} to {max(trials)}",
+                f"The run trained no candidate {index} of {arm!r}.",
+                expected=f"one of {', '.join(map(str, sorted(trials)))}",
                 remedy="nas export RUN --list shows the front",
             )  # fmt: skip
         genome = trials[index].genome
