@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from nas.compression import Cluster, Quantize, apply_passes, restore
+from nas.compression import Cluster, Quantize, WeightPrune, apply_passes, restore
 from nas.compression.cluster import ClusterConv2d, ClusterLinear, cluster_values
 from nas.compression.fake_quant import QuantConv2d, QuantLinear, Setting, fake_quantize_weight
 from nas.compression.fold import fold_batchnorm
@@ -605,6 +605,9 @@ def test_pruning_comes_before_clustering(trained: nn.Module, digits: Digits) -> 
     plan = {"cluster": {"head": 16}, "weight_prune": {"head": 0.5}}
     with pytest.raises(CompressionError, match=r"'head' is a ClusterLinear[^$]*weight_prune before cluster"):
         apply_passes(copy.deepcopy(trained), plan, digits[0][:8])
+    clustered = apply_passes(copy.deepcopy(trained), {"cluster": {"head": 16}}, digits[0][:8])
+    with pytest.raises(CompressionError, match="weight_prune before cluster"):
+        WeightPrune.settings_for(clustered, digits[0][:8])
 
 
 def test_linear_layers_are_quantised_in_models_that_cannot_be_traced(digits: Digits) -> None:

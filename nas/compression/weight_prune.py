@@ -104,7 +104,7 @@ class WeightPrune(Pass):
         if scope not in ("global", "layer"):
             raise CompressionError(f"weight_prune: unknown scope {scope!r}.", expected="global or layer")
         weights: dict[str, torch.Tensor] = {
-            name: model.get_submodule(name).get_parameter("weight").detach()
+            name: _weight(model.get_submodule(name), name)
             for name in chosen(model, layers, skip, "weight_prune")
         }
         asked = {"threshold": threshold} if threshold is not None else 0.8 if sparsity is None else sparsity
@@ -126,13 +126,7 @@ class WeightPrune(Pass):
         for name, setting in self.settings.items():
             kind, value = _asked(name, setting)
             for piece, layer in layers_of(model, name, "weight_prune").items():
-                weight = layer._parameters.get("weight")
-                if weight is None:
-                    raise CompressionError(
-                        f"weight_prune: {piece!r} is a {type(layer).__name__}, whose weights another pass trains.",
-                        expected="weight_prune before cluster",
-                    )
-                masks[piece] = _mask(weight.detach(), kind, value)
+                masks[piece] = _mask(_weight(layer, piece), kind, value)
         self.restore(model)  # masks that are there already: they go, their zeros stay
         if masks:
             Masks(model, masks).train(model.training)
@@ -152,6 +146,16 @@ class WeightPrune(Pass):
     def rewrite(self, model: onnx.ModelProto, calibration: npt.NDArray[np.float32]) -> onnx.ModelProto:
         names = {tensor.name for tensor in model.graph.initializer}
         return store_sparse(model, {name for name in names if any(_of(name, layer) for layer in self.settings)})
+
+
+def _weight(layer: nn.Module, name: str) -> torch.Tensor:
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise CompressionError(
+            f"weight_prune: {name!r} is a {type(layer).__name__}, whose weights another pass trains.",
+            expected="weight_prune before cluster",
+        )
+    return weight.detach()
 
 
 def _asked(name: str, setting: Any) -> tuple[str, float]:
