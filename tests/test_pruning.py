@@ -499,6 +499,17 @@ def test_what_neither_way_prunes_is_left_alone() -> None:
         ChannelPrune.settings_for(Unfollowed(), sample(), layers=["q"])
 
 
+def test_grouped_convolutions_are_left_alone() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3, groups=4), nn.Conv2d(16, 32, 1), nn.Flatten(), nn.Linear(512, 10)
+    ).eval()
+    settings = ChannelPrune.settings_for(model, sample(), ratio=0.5)
+    assert settings == {"2": 16}
+    check_pass(ChannelPrune, model, settings, sample(8))
+    with pytest.raises(CompressionError, match="'0' cannot be pruned: .*grouped convolution"):
+        ChannelPrune({"0": 8}).apply(model, sample())
+
+
 def test_the_output_layer_is_not_pruned() -> None:
     with pytest.raises(CompressionError, match="'head' cannot be pruned: it is the model's output"):
         ChannelPrune({"head": 4}).apply(ResNet(), sample())
