@@ -26,12 +26,17 @@ KEYS = ("keep", "importance", "strength")
 
 @passes.register("channel_prune")
 class ChannelPrune(Pass):
-    """Keeps the most important output channels of named convolutions or linear layers.
+    """Keeps the most important output channels of named convolutions or linear layers, and heads of attention.
 
     ``settings`` maps a layer name to the number of output channels to keep, or to ``{"keep": n, "importance": name}``
     with one of :data:`nas.compression.importance.IMPORTANCES`; a number alone means ``l1``. A score belongs to the
     channel in every layer that it runs through: the layers that a residual connection ties lose the same channels, and
     depthwise convolutions follow. The module becomes physically smaller; nothing is masked.
+
+    The outputs of a layer that makes queries, keys or values are heads times dimensions: ``LAYER.heads`` is how many
+    heads are kept, ``LAYER.head_dim`` how many dimensions of each. LAYER is any of the projections, or the fused one
+    (``qkv``, and ``….in_proj`` of ``nn.MultiheadAttention``); all of them follow. Such models come back as graph
+    modules, whose forward has the new numbers (:func:`groups_of`).
 
     ``group_lasso`` learns what to remove: while the model is trained plain, λ Σ ‖w_c‖₂ is added to the loss, over the
     channels c of the named groups, w_c being all weights of a channel (Wen et al. 2016, "Learning Structured Sparsity
@@ -59,9 +64,10 @@ class ChannelPrune(Pass):
         skip: Sequence[str] = (),
         ratios: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
-        """Channels to keep in every group of layers, named by the group's first layer.
+        """Channels to keep in every group of layers, named by the group's first layer, and heads to keep.
 
-        The output layer is never pruned, nor what the forward does not allow to be pruned.
+        The output layer is never pruned, nor what the forward does not allow to be pruned. Dimensions of heads are
+        pruned only where a pattern in ``layers`` or ``ratios`` ends with ``head_dim``.
 
         Args:
             ratio: share of the channels to remove, in [0, 1); 0.5 where ``macs`` is not given either.
@@ -70,10 +76,12 @@ class ChannelPrune(Pass):
                 one multiple of channels each, to the groups that lost the largest shares, while it fits.
             importance: which channels go; see the class.
             strength: λ of ``group_lasso``.
-            round_to: kept channels are rounded up to a multiple of it, at least one multiple, at most all.
+            round_to: kept channels are rounded up to a multiple of it, at least one multiple, at most all; heads to
+                whole heads.
             scope: ``uniform``: the ratio in every group; ``global``: over all channels by one threshold on the scores,
                 each group's divided by their mean.
-            layers: patterns (``*``, ``?``, ``[ab]``) of the layers to prune; a group is chosen by any layer in it.
+            layers: patterns (``*``, ``?``, ``[ab]``) of the layers to prune; a group is chosen by its own name, such
+                as ``*.heads``, or by any layer that makes it.
             skip: patterns of the layers to leave, which overrule ``layers``.
             ratios: pattern → ratio of the groups that it fits, instead of ``ratio``; the first that fits counts.
 
@@ -84,7 +92,9 @@ class ChannelPrune(Pass):
         model = copy.deepcopy(model)
 
         def chosen(groups: Groups, leave_out: bool) -> dict[str, int]:
-            found = _chosen(groups, sample, loss, importance, layers, skip, ratios or {}, scope == "global", round_to)
+            every = groups.all(leave_out)
+            scored = scope == "global"
+            found = _chosen(groups, every, sample, loss, importance, layers, skip, ratios or {}, scored, round_to)
             return _counts(groups, found, sample, ratio, macs, layers if leave_out else None)
 
         keep = _first_way(model, sample, chosen)
@@ -129,9 +139,9 @@ class ChannelPrune(Pass):
 def groups_of(model: nn.Module, sample: torch.Tensor, keep: Mapping[str, int], here: bool = False) -> Groups:
     """The groups of which so many channels are to be kept, found one way or the other.
 
-    Those of the traced model where ``model`` is a graph, as a pipeline makes it, where it has torch's own attention,
-    whose heads torch-pruning cuts through, and where torch-pruning's are not enough: they do not have such names, or
-    the pruned model fails on the sample. Otherwise torch-pruning's. Structure and numbers decide, never weights.
+    torch-pruning's where they do. Those of the traced model where they do not have such names, where the model that
+    they leave fails on the sample, because its forward has constants of the unpruned shape, and where attention is
+    seen, whose heads they cut through. Structure and numbers decide, never weights.
 
     Args:
         here: whether slices have to be of ``model`` itself, and not of its traced copy.
@@ -154,7 +164,7 @@ def _first_way(
     """What ``use`` makes of the first kind of groups that it can use; its second argument says that it is the last
     kind there is, so that what cannot be pruned may be left out."""
     failure: CompressionError | None = None
-    if not isinstance(model, fx.GraphModule) and not any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
+    if not _attends(model):
         try:
             return use(DependencyGroups(model, sample), False)
         except CompressionError as error:
@@ -166,6 +176,14 @@ def _first_way(
             raise failure from None
         return use(DependencyGroups(model, sample), True)
     return use(traced, True)
+
+
+def _attends(model: nn.Module) -> bool:
+    """Whether attention is seen in a model: torch's own, or a product of two activations in a graph."""
+    products = ("scaled_dot_product_attention", "matmul", "bmm")
+    if isinstance(model, fx.GraphModule):
+        return any(getattr(node.target, "_opname", "") in products for node in model.graph.nodes)
+    return any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
 
 
 @dataclass(frozen=True)
@@ -260,11 +278,11 @@ def _check_options(
 
 
 def _chosen(
-    groups: Groups, sample: torch.Tensor, loss: Loss | None, importance: str, layers: Sequence[str],
-    skip: Sequence[str], ratios: Mapping[str, float], scored: bool, round_to: int,
+    groups: Groups, every: Sequence[Group], sample: torch.Tensor, loss: Loss | None, importance: str,
+    layers: Sequence[str], skip: Sequence[str], ratios: Mapping[str, float], scored: bool, round_to: int,
 ) -> dict[str, _Candidate]:  # fmt: skip
     """The groups to prune by name, in the order of the model."""
-    model, every = groups.model, groups.all()
+    model = groups.model
     known = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     known += [name for group in every for name in (group.name, *group.makers) if name not in known]
     wanted, left = matching(known, layers, "channel_prune"), matching(known, skip, "channel_prune")

@@ -12,7 +12,16 @@ import torch_pruning as tp
 from torch import nn
 
 from nas.compression.base import layers_of
-from nas.compression.groups import Group, Groups, Slices, check_keep, evaluating, shape_of_output, unprunable
+from nas.compression.groups import (
+    Group,
+    Groups,
+    Slices,
+    UnprunableError,
+    check_keep,
+    evaluating,
+    shape_of_output,
+    unprunable,
+)
 from nas.errors import CompressionError
 
 PRODUCERS = (tp.prune_conv_out_channels, tp.prune_depthwise_conv_out_channels, tp.prune_linear_out_channels)
@@ -36,13 +45,17 @@ class DependencyGroups(Groups):
         self._names = {module: name for name, module in model.named_modules()}
         self._order = {name: i for i, name in enumerate(self._names.values())}
 
-    def all(self) -> list[Group]:
+    def all(self, leave_out: bool = False) -> list[Group]:
         found: dict[str, Group] = {}
         for group in self.graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
             makers = self._makers(group)
             if makers and not _reaches_output(group):
                 name = next(name for name in makers if not _depthwise(self.model.get_submodule(name)))
-                found[name] = self.named(name)
+                try:
+                    found[name] = self.named(name)
+                except UnprunableError:
+                    if not leave_out:
+                        raise
         return [found[name] for name in sorted(found, key=self._order.__getitem__)]
 
     def named(self, name: str) -> Group:
@@ -51,7 +64,13 @@ class DependencyGroups(Groups):
             raise unprunable(name, "the forward does not use it, or not once and by its own call")
         prune, channels = _pruner(layer)
         whole = self.graph.get_pruning_group(layer, prune, idxs=list(range(channels)))
-        return Group(name, channels, tuple(_slices(whole)), self._makers(whole))
+        grouped = next((self._names[dep.layer] for dep, _ in whole if _grouped(dep.layer)), None)
+        if grouped is not None:
+            raise unprunable(name, f"{grouped!r} is a grouped convolution, whose groups would lose unequally")
+        parts = tuple(_slices(whole))
+        if any(int(part.here.max()) >= len(part.rows(part.parameter)) for part in parts):
+            raise unprunable(name, "the forward has constants of the unpruned shape, which hide where its channels go")
+        return Group(name, channels, parts, self._makers(whole))
 
     def without(self, lost: Mapping[str, Sequence[int]], sample: torch.Tensor) -> nn.Module:
         frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
@@ -121,6 +140,10 @@ def _pruner(layer: nn.Module) -> tuple[Any, int]:
 
 def _depthwise(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups == layer.out_channels > 1
+
+
+def _grouped(layer: Any) -> bool:
+    return isinstance(layer, CONVOLUTIONS) and 1 < layer.groups < layer.in_channels
 
 
 def _reaches_output(group: Any) -> bool:

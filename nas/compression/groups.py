@@ -99,8 +99,15 @@ class Groups(abc.ABC):
     model: nn.Module
 
     @abc.abstractmethod
-    def all(self) -> list[Group]:
-        """Those that may be pruned, each once, in the order of the model."""
+    def all(self, leave_out: bool = False) -> list[Group]:
+        """Those that may be pruned, each once, in the order of the model.
+
+        Args:
+            leave_out: whether those that cannot be followed are left out.
+
+        Raises:
+            UnprunableError: one cannot be followed.
+        """
 
     @abc.abstractmethod
     def named(self, name: str) -> Group:

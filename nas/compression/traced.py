@@ -41,7 +41,7 @@ class TracedGroups(Groups):
         self.structure = Structure(model, sample)
         self.model = model if here else self.structure.model
 
-    def all(self) -> list[Group]:
+    def all(self, leave_out: bool = False) -> list[Group]:
         return [self._group(group.name, group.variable) for group in self.structure.groups]
 
     def named(self, name: str) -> Group:
