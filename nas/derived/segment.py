@@ -21,7 +21,7 @@ from torch import fx, nn
 from nas.compression import apply_passes, restore, rewrite_onnx
 from nas.compression.base import Plan
 from nas.compression.fold import fold_batchnorm
-from nas.derived.dims import Dim, Var
+from nas.derived.dims import Dim, Var, flat
 from nas.derived.shrink import shrunk
 from nas.derived.structure import FOLDED, Cluster, Structure
 from nas.derived.trace import is_constant
@@ -167,7 +167,7 @@ def _word(structure: Structure, node: fx.Node, layer: nn.Module | None, single: 
     numbers = [n for arg in node.args[1:] for n in _integers(arg)]
     dims = structure.axes.of[node]
     if name in SHAPED:
-        numbers = [d.sized(dict(single)) for d in dims]
+        numbers = [d.sized(dict(single)) for d in flat(dims)]
     return name + ",".join(map(str, numbers))
 
 

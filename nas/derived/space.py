@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from nas import members
 from nas.compression.base import Plan
-from nas.derived.dims import Dim, Var
+from nas.derived.dims import Dim, Var, flat
 from nas.derived.importance import importance
 from nas.derived.segment import segment
 from nas.derived.shrink import shrunk
@@ -95,7 +95,7 @@ class DerivedSpace(SearchSpace):
         self.axes = self.structure.axes
         self._classes(task)
         self._skip = tuple(skip)
-        self.layers = [path for path in self.structure.layers if not self._skipped(path)]
+        self.layers = [path for path in self.structure.layers if not self._skipped(path) and not self._repeated(path)]
         self.groups = [group for group in self.structure.groups if self._prunable(group, head_dims)]
         self.blocks = [
             block for block in self.structure.blocks
@@ -122,6 +122,10 @@ class DerivedSpace(SearchSpace):
 
     def _skipped(self, path: str) -> bool:
         return any(fnmatch.fnmatchcase(path, pattern) for pattern in self._skip)
+
+    def _repeated(self, path: str) -> bool:
+        """Whether a layer is called several times: its copies in the file would each have to be quantised alike."""
+        return len(self.structure.calls[path]) > 1
 
     def _prunable(self, group: Group, head_dims: bool) -> bool:
         own = not any(self._skipped(path) for path in group.layers)
@@ -205,7 +209,7 @@ class DerivedSpace(SearchSpace):
 
     def _variables(self, cluster: Cluster) -> list[Var]:
         nodes = [*cluster.inputs, *cluster.nodes, *(n for m in cluster.nodes for n in m.all_input_nodes)]
-        dims = [dim for node in nodes if node in self.axes.of for dim in _flat(self.axes.of[node])]
+        dims = [dim for node in nodes if node in self.axes.of for dim in flat(self.axes.of[node])]
         for node in cluster.nodes:
             dims += self.axes.layers.get(str(node.target), ())
         return list(dict.fromkeys(v for dim in dims for v in dim.variables))
@@ -281,8 +285,8 @@ class DerivedSpace(SearchSpace):
         to nothing but integers. So that is how it is trained and priced.
         """
         asked = self._asked(c, path)
-        node = self._called[path]
-        if asked <= 8 or not isinstance(self.structure.layer(node), nn.Conv2d):
+        node = self.structure.calls[path][0]
+        if asked <= 8 or not isinstance(self.structure.layer(node), nn.Conv2d) or self._repeated(path):
             return asked
         if f"{path}.rank" in self._offered and float(c[f"{path}.rank"]) < FULL:
             return asked  # it is two convolutions, of which neither has integers on both sides
@@ -443,19 +447,16 @@ class DerivedSpace(SearchSpace):
             f"{path}.rank": partial(self._treated, path=path, technique="low_rank") for path in self.layers
         }
         bits: dict[str, Treatment] = {
-            f"{path}.bits": partial(self._treated, path=path, technique="quantize") for path in self.structure.layers
+            f"{path}.bits": partial(self._treated, path=path, technique="quantize")
+            for path in self.structure.layers if not self._repeated(path)
         }
         return {**ranks, **bits, "distillation": self._distilled}
 
     def _treated(self, c: Candidate, path: str, technique: str) -> Training | None:
-        if self._dropped(c, self._called[path]):
+        if self._dropped(c, self.structure.calls[path][0]):
             return None
         plan = self._plan(c, path, self._sizes(c, _variables(self.axes.layers[path])))
         return Training(compression={technique: plan[technique]}) if technique in plan else None
-
-    @cached_property
-    def _called(self) -> dict[str, fx.Node]:
-        return {str(node.target): node for node in reversed(self.structure.nodes) if node.op == "call_module"}
 
     @staticmethod
     def _distilled(c: Candidate) -> Training | None:
@@ -464,7 +465,9 @@ class DerivedSpace(SearchSpace):
 
     def build(self, candidate: Candidate) -> nn.Module:
         # Of a group that lies in branches that are left out, nothing is read: its gene is dormant.
-        gone = {path for path, node in self._called.items() if self._dropped(candidate, node)}
+        gone = {
+            path for path, nodes in self.structure.calls.items() if all(self._dropped(candidate, n) for n in nodes)
+        }  # fmt: skip
         sizes = self._sizes(candidate, [g.variable for g in self.groups if not gone.issuperset(g.layers)])
         chosen = {v: self._best(v, size) for v, size in sizes.items() if size < v.size}
         outer = [block for block in self.blocks if not self._hidden(candidate, block)]
@@ -506,15 +509,13 @@ class DerivedSpace(SearchSpace):
             v: path for path, (_, out) in self.axes.layers.items() for v in out.variables if v.tied
         }  # fmt: skip
         lines += [f"{path}: {v.size} outputs stay, {v.tied}" for v, path in tied.items()]
+        repeated = [path for path in self.structure.layers if self._repeated(path)]
+        lines += [f"{path}: stays in fp32 and whole, it is called several times" for path in repeated]
         return lines + self.axes.notes
 
 
 def _again(task: TaskInfo, model: nn.Module, options: dict[str, Any]) -> DerivedSpace:
     return DerivedSpace(task, model=model, **options)
-
-
-def _flat(dims: Any) -> list[Dim]:
-    return [d for item in dims for d in (_flat(item) if isinstance(item, list) else [item])]
 
 
 def _variables(dims: Sequence[Dim]) -> list[Var]:
