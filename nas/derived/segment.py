@@ -255,7 +255,7 @@ def _operator_counts(structure: Structure, node: fx.Node, single: Sizes) -> tupl
     if name == "scaled_dot_product_attention":
         q, k = node.args[:2]
         rows = size(q) // size(q, -1)  # type: ignore[arg-type]
-        return rows * size(k, -2) * (size(q, -1) + size(node, -1)), 0  # type: ignore[arg-type]
+        return rows * size(k, -2) * (size(q, -1) + size(node, -1)), stored  # type: ignore[arg-type]
     return 0, stored if name in ("add", "layer_norm") else 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from nas.derived.trace import BATCH, mark_constants, shape_of
+from nas.derived.trace import BATCH, is_reshape, mark_constants, shape_of
 
 aten: Any = torch.ops.aten
 BROADCAST = ("add", "sub", "mul", "div", "where", "bitwise_and", "bitwise_or", "__and__", "__or__", "logical_and")
@@ -34,6 +34,9 @@ def simplify(module: fx.GraphModule) -> None:
     mark_constants(graph)
     _stored(module)
     layers = dict(module.named_modules())
+    for node in list(graph.nodes):
+        if node.op == "call_module" and isinstance(layers[str(node.target)], nn.Linear):
+            _by_rows(node)
     for node in list(graph.nodes):
         if node.op != "placeholder" and node.users:
             _one_row(graph, node, layers)
@@ -64,6 +67,22 @@ def _same(node: fx.Node) -> fx.Node | None:
     changes = name == "slice" and tuple(args[4:5]) not in ((), (1,))
     changes |= name in ("add", "sub") and args[1] != 0
     return None if changes else args[0]  # type: ignore[return-value]
+
+
+def _by_rows(node: fx.Node) -> None:
+    """A linear layer on rows, for which samples and tokens were one axis, is one on its last axis, as others are."""
+    rows: Any = node.args[0]
+    if not is_reshape(rows):
+        return
+    x: Any = rows.args[0]
+    shape = (*shape_of(x)[:-1], shape_of(node)[-1])
+    if shape_of(x)[-1] != shape_of(rows)[-1] or not all(is_reshape(n) and shape_of(n) == shape for n in node.users):
+        return
+    users = list(node.users)
+    node.args = (x,)
+    node.meta = {**node.meta, "val": users[0].meta["val"]}
+    for user in users:
+        user.replace_all_uses_with(node)
 
 
 def _looked_up(graph: fx.Graph, node: fx.Node) -> None:

@@ -21,7 +21,7 @@ from nas.derived.dims import Dim, Var, flat
 from nas.derived.importance import importance
 from nas.derived.segment import segment
 from nas.derived.shrink import shrunk
-from nas.derived.structure import RELUS, Block, Cluster, Group, Structure
+from nas.derived.structure import FOLDED, RELUS, Block, Cluster, Group, Structure
 from nas.derived.trace import is_constant
 from nas.errors import SpaceError
 from nas.parts import Boundary, Part
@@ -185,7 +185,8 @@ class DerivedSpace(SearchSpace):
             inside = [str(n.target) for n in nodes if isinstance(self.structure.layer(n), nn.Conv2d)]
             paths = [*self._sources(start), *sorted(inside, key=self.structure.layers.index)]
             paths = [path for path in paths if path in gene]
-            if len(blocks) > CHAIN and paths:
+            through = all(self._carries(node) for node in (start, *(block.output for block in blocks)))
+            if len(blocks) > CHAIN and paths and through:
                 gene |= dict.fromkeys(paths, f"{paths[0]}.bits")
                 self._chained |= {start, *(block.output for block in blocks)}
                 self._ends.add(blocks[-1].output)
@@ -202,6 +203,14 @@ class DerivedSpace(SearchSpace):
             return []
         return [path for n in node.all_input_nodes for path in self._sources(n)]
 
+    def _carries(self, node: fx.Node) -> bool:
+        """Whether a value may be integers, by what was computed last for it."""
+        if isinstance(self.structure.layer(node), nn.Conv2d):
+            return True
+        passes = isinstance(self.structure.layer(node), (*RELUS, *FOLDED)) or self.structure.passes_on(node)
+        inputs = [n for n in node.all_input_nodes if not is_constant(n)]
+        return passes and self._carries(max(inputs, key=self.structure.rank.__getitem__))
+
     def _splits(self, path: str) -> bool:
         return any(self._rank_of(path, *self._fans(path, {}), share) is not None for share in self._values["rank"])
 
@@ -216,6 +225,8 @@ class DerivedSpace(SearchSpace):
 
     def kept(self, size: int, share: float, role: str = "") -> int:
         """How many of ``size`` are left when a ``share`` is pruned."""
+        if not share:
+            return size
         multiple = 1 if role == "heads" or size < 2 * self.multiple else self.multiple
         return min(size, max(multiple, round(size * (1 - share) / multiple) * multiple))
 

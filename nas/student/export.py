@@ -145,7 +145,7 @@ def _keeps_batch(model: onnx.ModelProto, batch: int) -> bool:
     except onnx.shape_inference.InferenceError:
         return True
     for node in model.graph.node:
-        if node.op_type == "GatherElements":
+        if node.op_type in ("GatherElements", "GatherND"):
             return True
         if node.op_type == "Reshape":
             source, result = node.input[0], node.output[0]
