@@ -58,7 +58,9 @@ def consumers(model: nn.Module) -> dict[str, list[str]]:
 
 
 class _Tracer(fx.Tracer):
-    """Keeps layers whole that an earlier pass put in place of torch's own."""
+    """Keeps layers whole that an earlier pass put in place of torch's own, and lets buffers take the batch's size."""
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.Conv2d | nn.Linear) or super().is_leaf_module(m, module_qualified_name)

@@ -24,7 +24,7 @@ from nas.compression.fold import fold_batchnorm
 from nas.derived.clusters import FOLDED, Cluster, Clustered
 from nas.parts import Part, Shape
 from nas.student.export import export_fixed
-from nas.tracing.dims import Dim, Var
+from nas.tracing.dims import Dim, Var, flat
 from nas.tracing.shrink import shrunk
 from nas.tracing.trace import is_constant
 
@@ -167,7 +167,7 @@ def _word(structure: Clustered, node: fx.Node, layer: nn.Module | None, single: 
     numbers = [n for arg in node.args[1:] for n in _integers(arg)]
     dims = structure.axes.of[node]
     if name in SHAPED:
-        numbers = [d.sized(dict(single)) for d in dims]
+        numbers = [d.sized(dict(single)) for d in flat(dims)]
     return name + ",".join(map(str, numbers))
 
 
@@ -255,7 +255,7 @@ def _operator_counts(structure: Clustered, node: fx.Node, single: Sizes) -> tupl
     if name == "scaled_dot_product_attention":
         q, k = node.args[:2]
         rows = size(q) // size(q, -1)  # type: ignore[arg-type]
-        return rows * size(k, -2) * (size(q, -1) + size(node, -1)), 0  # type: ignore[arg-type]
+        return rows * size(k, -2) * (size(q, -1) + size(node, -1)), stored  # type: ignore[arg-type]
     return 0, stored if name in ("add", "layer_norm") else 0
 
 

@@ -17,13 +17,13 @@ from torch import fx, nn
 
 from nas import members
 from nas.compression.base import Plan
-from nas.derived.clusters import Cluster, Clustered
+from nas.derived.clusters import FOLDED, Cluster, Clustered
 from nas.derived.segment import segment
 from nas.errors import SpaceError
 from nas.parts import Boundary, Part
 from nas.space import Candidate, Choice, SearchSpace, Site, TaskInfo, Training, Treatment
 from nas.student.own import built, with_weights
-from nas.tracing.dims import Dim, Var
+from nas.tracing.dims import Dim, Var, flat
 from nas.tracing.importance import importance
 from nas.tracing.shrink import shrunk
 from nas.tracing.structure import RELUS, Block, Group
@@ -96,7 +96,7 @@ class DerivedSpace(SearchSpace):
         self.axes = self.structure.axes
         self._classes(task)
         self._skip = tuple(skip)
-        self.layers = [path for path in self.structure.layers if not self._skipped(path)]
+        self.layers = [path for path in self.structure.layers if not self._skipped(path) and not self._repeated(path)]
         self.groups = [group for group in self.structure.groups if self._prunable(group, head_dims)]
         self.blocks = [
             block for block in self.structure.blocks
@@ -123,6 +123,10 @@ class DerivedSpace(SearchSpace):
 
     def _skipped(self, path: str) -> bool:
         return any(fnmatch.fnmatchcase(path, pattern) for pattern in self._skip)
+
+    def _repeated(self, path: str) -> bool:
+        """Whether a layer is called several times: its copies in the file would each have to be quantised alike."""
+        return len(self.structure.calls[path]) > 1
 
     def _prunable(self, group: Group, head_dims: bool) -> bool:
         own = not any(self._skipped(path) for path in group.layers)
@@ -182,7 +186,8 @@ class DerivedSpace(SearchSpace):
             inside = [str(n.target) for n in nodes if isinstance(self.structure.layer(n), nn.Conv2d)]
             paths = [*self._sources(start), *sorted(inside, key=self.structure.layers.index)]
             paths = [path for path in paths if path in gene]
-            if len(blocks) > CHAIN and paths:
+            through = all(self._carries(node) for node in (start, *(block.output for block in blocks)))
+            if len(blocks) > CHAIN and paths and through:
                 gene |= dict.fromkeys(paths, f"{paths[0]}.bits")
                 self._chained |= {start, *(block.output for block in blocks)}
                 self._ends.add(blocks[-1].output)
@@ -199,6 +204,14 @@ class DerivedSpace(SearchSpace):
             return []
         return [path for n in node.all_input_nodes for path in self._sources(n)]
 
+    def _carries(self, node: fx.Node) -> bool:
+        """Whether a value may be integers, by what was computed last for it."""
+        if isinstance(self.structure.layer(node), nn.Conv2d):
+            return True
+        passes = isinstance(self.structure.layer(node), (*RELUS, *FOLDED)) or self.structure.passes_on(node)
+        inputs = [n for n in node.all_input_nodes if not is_constant(n)]
+        return passes and self._carries(max(inputs, key=self.structure.rank.__getitem__))
+
     def _splits(self, path: str) -> bool:
         return any(self._rank_of(path, *self._fans(path, {}), share) is not None for share in self._values["rank"])
 
@@ -206,13 +219,15 @@ class DerivedSpace(SearchSpace):
 
     def _variables(self, cluster: Cluster) -> list[Var]:
         nodes = [*cluster.inputs, *cluster.nodes, *(n for m in cluster.nodes for n in m.all_input_nodes)]
-        dims = [dim for node in nodes if node in self.axes.of for dim in _flat(self.axes.of[node])]
+        dims = [dim for node in nodes if node in self.axes.of for dim in flat(self.axes.of[node])]
         for node in cluster.nodes:
             dims += self.axes.layers.get(str(node.target), ())
         return list(dict.fromkeys(v for dim in dims for v in dim.variables))
 
     def kept(self, size: int, share: float, role: str = "") -> int:
         """How many of ``size`` are left when a ``share`` is pruned."""
+        if not share:
+            return size
         multiple = 1 if role == "heads" or size < 2 * self.multiple else self.multiple
         return min(size, max(multiple, round(size * (1 - share) / multiple) * multiple))
 
@@ -282,8 +297,8 @@ class DerivedSpace(SearchSpace):
         to nothing but integers. So that is how it is trained and priced.
         """
         asked = self._asked(c, path)
-        node = self._called[path]
-        if asked <= 8 or not isinstance(self.structure.layer(node), nn.Conv2d):
+        node = self.structure.calls[path][0]
+        if asked <= 8 or not isinstance(self.structure.layer(node), nn.Conv2d) or self._repeated(path):
             return asked
         if f"{path}.rank" in self._offered and float(c[f"{path}.rank"]) < FULL:
             return asked  # it is two convolutions, of which neither has integers on both sides
@@ -444,19 +459,16 @@ class DerivedSpace(SearchSpace):
             f"{path}.rank": partial(self._treated, path=path, technique="low_rank") for path in self.layers
         }
         bits: dict[str, Treatment] = {
-            f"{path}.bits": partial(self._treated, path=path, technique="quantize") for path in self.structure.layers
+            f"{path}.bits": partial(self._treated, path=path, technique="quantize")
+            for path in self.structure.layers if not self._repeated(path)
         }
         return {**ranks, **bits, "distillation": self._distilled}
 
     def _treated(self, c: Candidate, path: str, technique: str) -> Training | None:
-        if self._dropped(c, self._called[path]):
+        if self._dropped(c, self.structure.calls[path][0]):
             return None
         plan = self._plan(c, path, self._sizes(c, _variables(self.axes.layers[path])))
         return Training(compression={technique: plan[technique]}) if technique in plan else None
-
-    @cached_property
-    def _called(self) -> dict[str, fx.Node]:
-        return {str(node.target): node for node in reversed(self.structure.nodes) if node.op == "call_module"}
 
     @staticmethod
     def _distilled(c: Candidate) -> Training | None:
@@ -465,7 +477,9 @@ class DerivedSpace(SearchSpace):
 
     def build(self, candidate: Candidate) -> nn.Module:
         # Of a group that lies in branches that are left out, nothing is read: its gene is dormant.
-        gone = {path for path, node in self._called.items() if self._dropped(candidate, node)}
+        gone = {
+            path for path, nodes in self.structure.calls.items() if all(self._dropped(candidate, n) for n in nodes)
+        }  # fmt: skip
         sizes = self._sizes(candidate, [g.variable for g in self.groups if not gone.issuperset(g.layers)])
         chosen = {v: self._best(v, size) for v, size in sizes.items() if size < v.size}
         outer = [block for block in self.blocks if not self._hidden(candidate, block)]
@@ -513,6 +527,8 @@ class DerivedSpace(SearchSpace):
                 f"{path}: {v.size} outputs stay, {v.tied}" for v in alone
                 if isinstance(v, Var) and v.tied and v not in output and path in self.layers
             ]  # fmt: skip
+        repeated = [path for path in self.structure.layers if self._repeated(path)]
+        lines += [f"{path}: stays in fp32 and whole, it is called several times" for path in repeated]
         return lines + self.axes.notes
 
     def report(self) -> list[str]:
@@ -525,10 +541,6 @@ class DerivedSpace(SearchSpace):
 
 def _again(task: TaskInfo, model: nn.Module, options: dict[str, Any]) -> DerivedSpace:
     return DerivedSpace(task, model=model, **options)
-
-
-def _flat(dims: Any) -> list[Dim]:
-    return [d for item in dims for d in (_flat(item) if isinstance(item, list) else [item])]
 
 
 def _variables(dims: Sequence[Dim]) -> list[Var]:

@@ -23,6 +23,7 @@ from nas.errors import StudentError
 from nas.parts import OPSET, resize_scales
 
 INPUT, OUTPUT = "input", "logits"
+AGREE = 1e-2  # of the largest output: what two runtimes may differ by
 WEIGHTED = ("Conv", "Gemm", "MatMul", "MatMulInteger", "LayerNormalization", "Add")
 
 
@@ -88,7 +89,7 @@ def export_float(model: nn.Module, sample: torch.Tensor) -> onnx.ModelProto:
         StudentError: the exporter cannot express the model.
     """
     exported = free_batch(_traced(model, (sample,), {}))
-    if _keeps_batch(exported, len(sample)) or not _takes(exported, torch.cat([sample, sample[:1]])):
+    if _keeps_batch(exported, len(sample)) or not _takes(exported, model, torch.cat([sample, sample[:1].flip(-1)])):
         # Somebody wrote the number of samples into a shape: x.view(x.shape[0], …). Then shapes must be computed.
         axes = {INPUT: {0: "batch"}, OUTPUT: {0: "batch"}}
         exported = free_batch(_constant_shapes(_traced(model, (sample,), axes), sample))
@@ -154,13 +155,15 @@ def _keeps_batch(model: onnx.ModelProto, batch: int) -> bool:
     return any(after.get(value.name, [])[:1] != [batch + 1] for value in model.graph.output)
 
 
-def _takes(model: onnx.ModelProto, x: torch.Tensor) -> bool:
-    """Whether a graph gives a row for every sample: what was repeated for a batch may be stored for that many."""
+def _takes(model: onnx.ModelProto, module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a graph gives every sample its own row: what was counted or repeated for a batch may be stored for it."""
     try:
         (result,) = _values(model, [model.graph.output[0].name], x.numpy()).values()
     except Exception:  # the runtime's own errors have no common base
         return False
-    return len(result) == len(x)
+    with torch.no_grad():
+        wanted = module.eval()(x).numpy()
+    return result.shape == wanted.shape and bool(np.abs(result - wanted).max() <= AGREE * np.abs(wanted).max())
 
 
 def _shapes_of_batch(model: onnx.ModelProto, batch: int) -> dict[str, list[int]]:

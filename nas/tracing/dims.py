@@ -118,7 +118,8 @@ def resolve(dim: Dim) -> Dim:
                 tie([inner], "a concatenation is reshaped")
                 factors.append(_size(f))
         terms.append(tuple(factors))
-    return Dim(tuple(terms))
+    whole = Dim(tuple(terms))
+    return whole if len(terms) == 1 or whole.variables else constant(whole.size)
 
 
 def tie(dims: Iterable[Dim], reason: str) -> None:
@@ -311,9 +312,9 @@ def _is_tensor(node: fx.Node) -> bool:
 
 def _opaque(found: Axes, node: fx.Node, inputs: Sequence[Any], reason: str) -> None:
     """Tie all inputs, so that the node's own shape stays as it is."""
-    free = [v for dims in inputs for dim in _flat(dims) for v in resolve(dim).variables if not v.tied]
+    free = [v for dims in inputs for dim in flat(dims) for v in resolve(dim).variables if not v.tied]
     for dims in inputs:
-        tie(_flat(dims), reason)
+        tie(flat(dims), reason)
     if free:
         found.notes.append(f"{reason}: {', '.join(sorted({str(v) for v in free}))} stay as they are")
     found.of[node] = _plain(found, node.meta["val"])
@@ -334,8 +335,9 @@ def _int(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
-def _flat(dims: Any) -> list[Dim]:
-    return [d for item in dims for d in (_flat(item) if isinstance(item, list) else [item])]
+def flat(dims: Any) -> list[Dim]:
+    """Axes of a value, of all tensors where it is several."""
+    return [d for item in dims for d in (flat(item) if isinstance(item, list) else [item])]
 
 
 def _attribute(found: Axes, node: fx.Node) -> list[Dim]:
@@ -617,6 +619,33 @@ def _slice(found: Axes, node: fx.Node) -> list[Dim]:
     if x[axis].size != shape[axis]:
         tie([x[axis]], f"{node.name} cuts through it")
         x[axis] = constant(shape[axis])
+    return x
+
+
+@_handles("roll")
+def _roll(found: Axes, node: fx.Node) -> list[Dim]:
+    x = _first(found, node)
+    given: Any = node.args
+    tie([x[axis] for axis in given[2]] if len(given) > 2 else x, f"{node.name} moves it round")
+    return x
+
+
+@_handles("index")
+def _index(found: Axes, node: fx.Node) -> list[Dim] | None:
+    """Rows of a table by number."""
+    x = _first(found, node)
+    given: Any = node.args
+    if len(given[1]) != 1:
+        return None
+    tie([x[0]], f"{node.name} looks it up")
+    return [*found.of[given[1][0]], *x[1:]]
+
+
+@_handles("index_select")
+def _index_select(found: Axes, node: fx.Node) -> list[Dim]:
+    x, axis = _first(found, node), _axis(node, 1)
+    tie([x[axis]], f"{node.name} looks it up")
+    x[axis] = constant(shape_of(node)[axis])
     return x
 
 

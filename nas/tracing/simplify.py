@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from nas.tracing.trace import BATCH, mark_constants, shape_of
+from nas.tracing.trace import BATCH, is_reshape, mark_constants, shape_of
 
 aten: Any = torch.ops.aten
 BROADCAST = ("add", "sub", "mul", "div", "where", "bitwise_and", "bitwise_or", "__and__", "__or__", "logical_and")
@@ -32,7 +32,11 @@ def simplify(module: fx.GraphModule) -> None:
             _looked_up(graph, node)
     graph.eliminate_dead_code()
     mark_constants(graph)
+    _stored(module)
     layers = dict(module.named_modules())
+    for node in list(graph.nodes):
+        if node.op == "call_module" and isinstance(layers[str(node.target)], nn.Linear):
+            _by_rows(node)
     for node in list(graph.nodes):
         if node.op != "placeholder" and node.users:
             _one_row(graph, node, layers)
@@ -64,6 +68,22 @@ def _same(node: fx.Node) -> fx.Node | None:
     if shape_of(values[0]) != shape_of(node) or (name == "slice" and tuple(values[4:5]) not in ((), (1,))):
         return None
     return None if name in ("add", "sub") and values[1] != 0 else values[0]
+
+
+def _by_rows(node: fx.Node) -> None:
+    """A linear layer on rows, for which samples and tokens were one axis, is one on its last axis, as others are."""
+    rows: Any = node.args[0]
+    if not is_reshape(rows):
+        return
+    x: Any = rows.args[0]
+    shape = (*shape_of(x)[:-1], shape_of(node)[-1])
+    if shape_of(x)[-1] != shape_of(rows)[-1] or not all(is_reshape(n) and shape_of(n) == shape for n in node.users):
+        return
+    users = list(node.users)
+    node.args = (x,)
+    node.meta = {**node.meta, "val": users[0].meta["val"]}
+    for user in users:
+        user.replace_all_uses_with(node)
 
 
 def _looked_up(graph: fx.Graph, node: fx.Node) -> None:
@@ -107,6 +127,39 @@ def _computed(node: fx.Node) -> torch.Tensor | None:
     return result if isinstance(result, torch.Tensor) else None
 
 
+def _stored(module: fx.GraphModule) -> None:
+    """What is computed of no parameters, the numbers of positions or a mask of windows, becomes a buffer."""
+    values: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value = _attribute(module, str(node.target))
+            if not isinstance(value, nn.Parameter):
+                values[node] = value
+        elif node.op == "call_function" and all(n in values for n in node.all_input_nodes):
+            args, kwargs = (fx.map_arg(given, values.__getitem__) for given in (node.args, node.kwargs))
+            values[node] = node.target(*args, **kwargs)
+    for node in list(module.graph.nodes):
+        value = values.get(node)
+        if node.op != "call_function" or not isinstance(value, torch.Tensor) or all(n in values for n in node.users):
+            continue
+        name = f"{STORED}.{node.name}"
+        module.add_submodule(STORED, _attribute(module, STORED) if hasattr(module, STORED) else nn.Module())
+        module.get_submodule(STORED).register_buffer(node.name, value.detach().clone())
+        with module.graph.inserting_before(node):
+            new = module.graph.create_node("get_attr", name)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+    module.graph.eliminate_dead_code()
+
+
+STORED = "stored"
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    parent, _, leaf = path.rpartition(".")
+    return getattr(module.get_submodule(parent), leaf)
+
+
 def _one_row(graph: fx.Graph, node: fx.Node, layers: dict[str, nn.Module]) -> None:
     """What is repeated for every sample, only to be added or looked up, is there once: zeros for token types."""
     own = _tensor(node)
@@ -124,7 +177,7 @@ def _one_row(graph: fx.Graph, node: fx.Node, layers: dict[str, nn.Module]) -> No
         else:
             return
     new.meta = {**node.meta, "val": own[:1]}
-    _cut(node, layers)
+    _cut(node)
     node.replace_all_uses_with(new)
     mark_constants(graph)
 
@@ -136,23 +189,26 @@ def _is_row(node: fx.Node) -> bool:
 
 def _broadcasts(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
     """Whether all that read a value would read one row of it as the same."""
+    rank = len(shape_of(node))
     for user in node.users:
-        if user.op == "call_module" and isinstance(layers[str(user.target)], nn.Embedding):
-            if not _broadcasts(user, layers):
-                return False
-        elif _name(user) not in BROADCAST or not any(
-            shape_of(n)[:1] == (BATCH,) and len(shape_of(n)) == len(shape_of(node)) and not _of_sizes(n)
-            for n in user.all_input_nodes if n is not node and _tensor(n) is not None
-        ):  # fmt: skip
+        others = [n for n in user.all_input_nodes if n is not node and _tensor(n) is not None]
+        if any(_is_batch(n) and len(shape_of(n)) == rank for n in others) and _name(user) in BROADCAST:
+            continue
+        looked_up = user.op == "call_module" and isinstance(layers[str(user.target)], nn.Embedding)
+        alone = _name(user) in BROADCAST and not any(_is_batch(n) for n in others) and len(shape_of(user)) == rank
+        if not (looked_up or alone) or not _broadcasts(user, layers):
             return False
     return bool(node.users)
 
 
-def _of_sizes(node: fx.Node) -> bool:
-    return _name(node) in ("zeros_like", "ones_like", "expand")
+def _is_batch(node: fx.Node) -> bool:
+    """Whether a value has samples, and is not the same for all of them."""
+    return shape_of(node)[:1] == (BATCH,) and _name(node) not in ("zeros_like", "ones_like", "expand")
 
 
-def _cut(node: fx.Node, layers: dict[str, nn.Module]) -> None:
+def _cut(node: fx.Node) -> None:
+    """One row in what only such readers make of one row."""
     for user in node.users:
-        if user.op == "call_module" and isinstance(layers[str(user.target)], nn.Embedding):
+        if not any(_is_batch(n) for n in user.all_input_nodes if n is not node and _tensor(n) is not None):
             user.meta["val"] = user.meta["val"][:1]
+            _cut(user)

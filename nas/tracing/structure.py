@@ -81,8 +81,16 @@ class Structure:
     @cached_property
     def layers(self) -> list[str]:
         """Paths of convolutions and linear layers in the order of the forward."""
-        found = [str(n.target) for n in self.nodes if isinstance(self.layer(n), nn.Conv2d | nn.Linear)]
-        return list(dict.fromkeys(found))
+        return [path for path in self.calls if isinstance(self.modules[path], nn.Conv2d | nn.Linear)]
+
+    @cached_property
+    def calls(self) -> dict[str, list[fx.Node]]:
+        """Path of a layer → the nodes that call it, in the order of the forward; constants are not among them."""
+        found: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            if node.op == "call_module" and not is_constant(node):
+                found.setdefault(str(node.target), []).append(node)
+        return found
 
     # ---- blocks ----------------------------------------------------------------------------------
 

@@ -235,7 +235,7 @@ def _linear(
     if transposed:
         weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
     path = re.sub(r"[._]weight$", "", target)
-    if type(parts.get(path)) not in (nn.Linear, type(None)):
+    if not isinstance(parts.get(path), nn.Linear | None):
         path = f"{FUNCTIONAL}.{node.name}"  # the weight is an embedding's, which stays one
     layer = parts.get(path)
     if type(layer) is not nn.Linear:
