@@ -97,7 +97,7 @@ def nni(model: nn.Module, task: Task) -> nn.Module:
     from nni.compression.pruning import L1NormPruner
     from nni.compression.speedup import ModelSpeedup
 
-    logging.getLogger("nni").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # its loggers set levels of their own, and tell every layer of every attempt
     sample = task.split("train")[0][:1]
 
     def prune(model: nn.Module, ratio: float) -> nn.Module:
@@ -107,7 +107,10 @@ def nni(model: nn.Module, task: Task) -> nn.Module:
         smaller: nn.Module = ModelSpeedup(model, sample, masks, graph_module=fx.symbolic_trace(model)).speedup_model()
         return smaller
 
-    return searched(prune, model, sample)
+    try:
+        return searched(prune, model, sample)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 OURS = "channel_prune, l1"
