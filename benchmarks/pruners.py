@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import torch
 import torch_pruning as tp
-from techniques import TEACHER, against, by_arm, mean_std, options, percent, task_of, teacher_of
+from techniques import TEACHER, against, by_arm, folder_name, mean_std, options, percent, task_of, teacher_of
 from torch import fx, nn
 
 from nas.compression import passes
@@ -135,26 +135,28 @@ def run(told: Any, seed: int) -> list[dict[str, Any]]:
     x, y = task.split("test")
     lessons = Lessons.prepare(task, teacher if told.kd_weight else None, 1, seed)
     recipe = Tuning(lr=told.lr).recipe(told.epochs)
-    place = told.out / f"pruners-{told.set}-{seed}"
+    place = told.out / f"pruners-{told.set}-e{told.epochs}-{seed}"
     place.mkdir(parents=True, exist_ok=True)
     rows, files = [], {}
     for name, pruner in {TEACHER: None, **PRUNERS}.items():
-        model, applied = copy.deepcopy(teacher), None
-        if pruner is not None:
-            torch.manual_seed(seed)
-            model = pruner(model, task)
-            applied = _quality(task, predict(model, x), y)
-            model = train(model, task, lessons, Training(told.kd_weight, 4.0), recipe, seed)
-        graph = exported(model, sample)
-        files[name] = place / f"{len(rows)}.onnx"
-        onnx.save(graph, files[name])
-        rows.append(
-            {
+        files[name] = place / f"{folder_name(name)}.onnx"
+        facts = files[name].with_suffix(".json")
+        if not facts.exists():
+            model, applied = copy.deepcopy(teacher), None
+            if pruner is not None:
+                torch.manual_seed(seed)
+                model = pruner(model, task)
+                applied = _quality(task, predict(model, x), y)
+                model = train(model, task, lessons, Training(told.kd_weight, 4.0), recipe, seed)
+            graph = exported(model, sample)
+            onnx.save(graph, files[name])
+            row = {
                 "seed": seed, "arm": name, "applied": applied, "quality": _quality(task, predict(model, x), y),
                 "quality_onnx": _quality(task, onnx_logits(files[name], x), y), "macs": onnx_macs_params(graph)[0],
                 "size_bytes": files[name].stat().st_size, "widths": widths(model),
-            }
-        )  # fmt: skip
+            }  # fmt: skip
+            facts.write_text(json.dumps(row))
+        rows.append(json.loads(facts.read_text()))
         print(json.dumps(rows[-1]), flush=True)
     timings = measure_models(files, Device.local(), told.seconds).timings
     return [{**row, "p50_ms": timings[row["arm"]].p50, "noise": timings[row["arm"]].noise} for row in rows]

@@ -3,9 +3,10 @@
     python benchmarks/techniques.py --data FOLDER --out runs/techniques                  # 10,000 images of MNIST
     python benchmarks/techniques.py --data FOLDER --out runs/techniques --set cifar --teacher-epochs 16
 
-Every arm is a pipeline as `nas compress` runs it. FOLDER is that of own_model.py. A run that is stopped goes on where
-it was. The pipelines get the test images as their validation data: nothing is chosen by them, so that the qualities
-which a pipeline reports, right after a pass and after fine-tuning, in torch and in onnxruntime, are of the test.
+Every arm is a pipeline as `nas compress` runs it. FOLDER is that of own_model.py. The same command goes on with a run
+that was stopped. The pipelines get the test images as their validation data: nothing is chosen by them, so that the
+qualities which a pipeline reports, right after a pass and after fine-tuning, in torch and in onnxruntime, are of the
+test.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def options() -> argparse.ArgumentParser:
     """What both benchmarks of compression are told."""
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the sets")
-    parser.add_argument("--out", type=Path, required=True, help="teachers, models and results; a second run goes on")
+    parser.add_argument("--out", type=Path, required=True, help="teachers, models, results; one for each recipe")
     parser.add_argument("--set", choices=sorted(MODELS), default="mnist")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--teacher-epochs", type=int, default=6)
