@@ -506,7 +506,7 @@ def test_grouped_convolutions_are_left_alone() -> None:
     settings = ChannelPrune.settings_for(model, sample(), ratio=0.5)
     assert settings == {"2": 16}
     check_pass(ChannelPrune, model, settings, sample(8))
-    with pytest.raises(CompressionError, match="'0' cannot be pruned: .*grouped convolution"):
+    with pytest.raises(CompressionError, match=r"'0' cannot be pruned: .*grouped convolution"):
         ChannelPrune({"0": 8}).apply(model, sample())
 
 
