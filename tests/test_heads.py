@@ -85,7 +85,7 @@ def test_the_heads_that_say_nothing_go() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vision transformer", "text transformer", "residual"])
-def test_every_importance_scores_traced_groups(name: str) -> None:
+def test_every_importance_scores_the_groups_of_a_graph(name: str) -> None:
     """The structure is that of the settings, whatever chose; what is chosen differs."""
     model, x, _ = made(name)
     graph = trace(model, x)
@@ -96,7 +96,7 @@ def test_every_importance_scores_traced_groups(name: str) -> None:
                 ChannelPrune.settings_for(graph, x, importance="bn")
             continue
         settings = ChannelPrune.settings_for(graph, x, ratio=0.5, round_to=4, importance=importance)
-        pruned = ChannelPrune(settings).apply(graph, x, loss_of(name, len(x)))
+        pruned = ChannelPrune(settings).apply(copy.deepcopy(graph), x, loss_of(name, len(x)))
         chosen[importance] = pruned.state_dict()
     shapes = {key: value.shape for key, value in chosen["l1"].items()}
     assert all({key: value.shape for key, value in state.items()} == shapes for state in chosen.values())
