@@ -26,6 +26,7 @@ import onnx
 import pytest
 import torch
 from helpers import TextTransformer
+from safetensors.torch import save_file
 from torch import nn
 
 import nas
@@ -48,7 +49,7 @@ from nas.student.tables import untrained_onnx
 from nas.student.teacher import onnx_logits, own_teacher
 from nas.tasks import TextClassification, tasks
 from nas.tasks.tokens import PATTERN, WordTokeniser
-from nas.testing import check_pass
+from nas.testing import check_pass, check_space
 from nas.testing.agreement import check_agreement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -661,7 +662,7 @@ def test_a_student_with_a_tokenizer_brings_it_along(tmp_path: Path, table: Path)
 
 def snippets() -> dict[str, str]:
     text = (ROOT / "docs" / "text.md").read_text()
-    found = re.findall(r"^```python\n# file: (\S+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(?:python|yaml)\n# file: (\S+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return dict(found)
 
 
@@ -697,9 +698,50 @@ def test_the_pages_own_model_is_trained_and_becomes_a_teacher(
     np.testing.assert_allclose(onnx_logits(teacher.onnx, x), predict(teacher.module, x), atol=1e-4)
 
 
-def test_a_model_with_too_few_tokens_is_refused(pages_folder: Path) -> None:
-    from safetensors.torch import save_file
+def untrained() -> None:
+    """The page's teacher.safetensors, of a model that nobody trained."""
+    torch.manual_seed(0)
+    save_file(import_object("my_text_model:build", "teacher")().state_dict(), "teacher.safetensors")
 
+
+def test_the_pages_experiment_describes_its_space(pages_folder: Path) -> None:
+    untrained()
+    job = Job(load_experiment("text.yaml"), pages_folder / "run")
+    names = {choice.name for choice in job.space.choices}
+    assert {"tokens.prune", "layers.0.q.heads.prune", "layers.1.up.prune", "layers.0.keep", "head.bits"} <= names
+    check_space(job.space, candidates=2, info=job.task.info)
+
+
+@pytest.mark.slow
+def test_the_pages_experiment_ends_in_a_student_that_reads(
+    pages_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NAS_CACHE_DIR", str(pages_folder / "cache"))
+    untrained()
+    few = [
+        "search.trials=2", "search.batch=2", "search.workers=1", "budget.latency=400%", "baselines=[]",
+        "space.prune=[0.0,0.5]", "space.ranks=[1.0]", "training.views=1", "table.seconds=0.5", "table.nets=8",
+        "finalists.seconds=1.0",
+    ]  # fmt: skip
+    run_folder = pages_folder / "run"
+    nas.search(pages_folder / "text.yaml", overrides=few, out=run_folder)
+    manifest = json.loads((run_folder / "student" / "manifest.json").read_text())
+    assert manifest["parity"]["agreement"] == 1.0
+    assert manifest["input"]["dtype"] == "int64"
+    assert (run_folder / "student" / "vocabulary.json").is_file()
+    assert "questions" in (run_folder / "report.html").read_text()
+    texts = pages_folder / "lines.txt"
+    texts.write_text("def f(x): return x\nReturn the value of the argument.\n")
+    done = run(run_folder / "student", str(texts))
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+    tokens = TextClassification("questions.csv.gz", length=24, vocabulary=4096).split("test")[0][:8]
+    module = nas.load_student(run_folder / "student").module()
+    with torch.no_grad():
+        assert module(tokens).shape == (8, 2)
+
+
+def test_a_model_with_too_few_tokens_is_refused(pages_folder: Path) -> None:
     text = (pages_folder / "my_text_model.py").read_text().replace("24, 4096, 2", "24, 100, 2")
     (pages_folder / "small_model.py").write_text(text)
     save_file(import_object("small_model:build", "teacher")().state_dict(), "small.safetensors")

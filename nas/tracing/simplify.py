@@ -61,13 +61,17 @@ def _same(node: fx.Node) -> fx.Node | None:
         return full[0] if len(full) == 1 and len(given) > 1 and shape_of(full[0]) == shape_of(node) else None
     if name not in ("to", "_to_copy", "type_as", "slice", "add", "sub"):
         return None
-    x, own = _tensor(args[0]) if args else None, _tensor(node)
-    if x is None or own is None or x.dtype != own.dtype or x.device != own.device:
+    before: Any = args[0]
+    x, own = _tensor(before), _tensor(node)
+    if x is None or own is None or (x.dtype, x.device) != (own.dtype, own.device):
         return None
-    values: Any = args
-    if shape_of(values[0]) != shape_of(node) or (name == "slice" and tuple(values[4:5]) not in ((), (1,))):
+    if shape_of(before) != shape_of(node) or (name in ("add", "sub") and not _is_zero(args[1])):
         return None
-    return None if name in ("add", "sub") and values[1] != 0 else values[0]
+    return before if name != "slice" or args[4:5] in ((), (1,)) else None
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 0
 
 
 def _by_rows(node: fx.Node) -> None:
