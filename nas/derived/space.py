@@ -29,7 +29,7 @@ from nas.space import Candidate, Choice, SearchSpace, Site, TaskInfo, Training, 
 from nas.student.own import built, with_weights
 
 MOST = 20_000  # combinations of genes that one site may read
-CHAIN = 3  # residual additions in a row, from which on their layers share their bits
+CHAIN = 2  # residual additions in a row, beyond which their layers share their bits
 FULL = 1.0
 
 
