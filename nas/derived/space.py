@@ -30,7 +30,7 @@ from nas.tracing.structure import RELUS, Block, Group
 from nas.tracing.trace import is_constant
 
 MOST = 20_000  # combinations of genes that one site may read
-CHAIN = 3  # residual additions in a row, from which on their layers share their bits
+CHAIN = 2  # residual additions in a row, beyond which their layers share their bits
 FULL = 1.0
 
 
