@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -30,6 +31,8 @@ from nas.tracing.structure import RELUS, Block, Group
 from nas.tracing.trace import is_constant
 
 MOST = 20_000  # combinations of genes that one site may read
+SEEN = 24  # random candidates that show what a site reads
+TABULATED = 250_000  # combinations that are tabulated within a second
 CHAIN = 2  # residual additions in a row, beyond which their layers share their bits
 FULL = 1.0
 
@@ -109,14 +112,15 @@ class DerivedSpace(SearchSpace):
         self._values = {"prune": tuple(prune), "bits": tuple(bits), "rank": tuple(ranks)}
         self._gene_of = self._shared_groups()
         self._bits_of = self._shared_bits()
-        self.choices = self._choices(kd_weights, temperatures)
-        self._offered = {choice.name for choice in self.choices}
-        if len(self.choices) == 2:
+        self._teaching = members.distillation_choices(kd_weights, temperatures)
+        self._offer()
+        if len(self.choices) == len(self._teaching):
             raise SpaceError(
                 "Nothing of the model can be chosen: no group, layer or block is left.",
                 remedy="fewer names in skip, or more values in prune, bits and ranks",
             )
         self.sites = self._sites()
+        self._share_more_bits()
         self.treatments = self._treatments()
 
     # ---- what may be chosen --------------------------------------------------------------------------
@@ -140,7 +144,8 @@ class DerivedSpace(SearchSpace):
                 expected=f"logits [n, {task.classes}]",
             )
 
-    def _choices(self, kd_weights: Sequence[float], temperatures: Sequence[float]) -> tuple[Choice, ...]:
+    def _offer(self) -> None:
+        """Make the choices, by the genes that groups and layers have now."""
         found: dict[str, Choice] = {}
 
         def add(name: str, values: Sequence[Any], plain: Any, technique: str) -> None:
@@ -156,7 +161,8 @@ class DerivedSpace(SearchSpace):
                 add(f"{path}.rank", self._values["rank"], FULL, "low_rank")
         for path in self.layers:
             add(self._bits_of[path], self._values["bits"], 32, "quantization")
-        return (*found.values(), *members.distillation_choices(kd_weights, temperatures))
+        self.choices = (*found.values(), *self._teaching)
+        self._offered = {choice.name for choice in self.choices}
 
     def _shared_groups(self) -> dict[Var, str]:
         """Group → gene. Groups that meet in one part share a gene where it would read too many."""
@@ -168,6 +174,29 @@ class DerivedSpace(SearchSpace):
                 first, *others = own
                 gene = {v: first if name in others else name for v, name in gene.items()}
         return gene
+
+    def _share_more_bits(self) -> None:
+        """Let layers share their bits where a site would read too many: those of one module, then all that it reads.
+
+        What a site reads is seen on random candidates. That may miss a gene; the limit leaves room for it.
+        """
+        values = {choice.name: choice.values for choice in self.choices}
+        rng = np.random.default_rng(0)
+        drawn = [{name: of[int(rng.integers(len(of)))] for name, of in values.items()} for _ in range(SEEN)]
+        for home in (lambda path: path.rpartition(".")[0], lambda path: ""):
+            for site in self.sites.values():
+                read: set[str] = set()
+                for one in drawn:
+                    candidate = Candidate({name: value for name, value in one.items() if name in self._offered})
+                    site(candidate)
+                    read.update(candidate.reads)
+                if math.prod(len(values[name]) for name in read) <= TABULATED:
+                    continue
+                first: dict[str, str] = {}
+                for path, gene in self._bits_of.items():
+                    if gene in read:
+                        self._bits_of[path] = first.setdefault(home(path), gene)
+                self._offer()
 
     def _shared_bits(self) -> dict[str, str]:
         """Layer → gene of its bits. Along many residual additions the stream has one precision, and one gene.
