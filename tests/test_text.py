@@ -706,7 +706,7 @@ def untrained() -> None:
 
 def test_the_pages_experiment_describes_its_space(pages_folder: Path) -> None:
     untrained()
-    job = Job(load_experiment("text.yaml"), pages_folder / "run")
+    job = Job(load_experiment("questions.yaml"), pages_folder / "run")
     names = {choice.name for choice in job.space.choices}
     assert {"tokens.prune", "layers.0.q.heads.prune", "layers.1.up.prune", "layers.0.keep", "head.bits"} <= names
     check_space(job.space, candidates=2, info=job.task.info)
@@ -724,7 +724,7 @@ def test_the_pages_experiment_ends_in_a_student_that_reads(
         "finalists.seconds=1.0",
     ]  # fmt: skip
     run_folder = pages_folder / "run"
-    nas.search(pages_folder / "text.yaml", overrides=few, out=run_folder)
+    nas.search(pages_folder / "questions.yaml", overrides=few, out=run_folder)
     manifest = json.loads((run_folder / "student" / "manifest.json").read_text())
     assert manifest["parity"]["agreement"] == 1.0
     assert manifest["input"]["dtype"] == "int64"
