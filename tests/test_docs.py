@@ -94,7 +94,7 @@ def test_shell_blocks_use_commands_that_exist(page: Path) -> None:
 
 @every_page
 def test_nas_commands_parse_and_their_overrides_are_valid(page: Path) -> None:
-    names = "search|sweep|compress|export|ablate|synthesise|profile|tables|front|report|list"
+    names = "search|sweep|compress|export|ablate|profile|tables|front|report|list"
     inline = re.findall(rf"`(nas (?:{names})\b[^`…]*)`", page.read_text())
     bare = ("nas search", "nas sweep", "nas profile", "nas tables", "nas front", "nas report", "nas tables adapt")
     bare += ("nas compress", "nas export", "nas ablate")
