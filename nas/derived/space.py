@@ -18,7 +18,8 @@ from torch import fx, nn
 
 from nas import members
 from nas.compression.base import Plan
-from nas.derived.clusters import FOLDED, Cluster, Clustered
+from nas.derived.clusters import Cluster, Clustered
+from nas.derived.execution import FULL, Execution
 from nas.derived.segment import segment
 from nas.errors import SpaceError
 from nas.parts import Boundary, Part
@@ -27,14 +28,12 @@ from nas.student.own import built, with_weights
 from nas.tracing.dims import Dim, Var, flat
 from nas.tracing.importance import importance
 from nas.tracing.shrink import shrunk
-from nas.tracing.structure import RELUS, Block, Group
-from nas.tracing.trace import is_constant
+from nas.tracing.structure import Block, Group
 
 MOST = 20_000  # combinations of genes that one site may read
 SEEN = 24  # random candidates that show what a site reads
 TABULATED = 250_000  # combinations that are tabulated within a second
 CHAIN = 2  # residual additions in a row, beyond which their layers share their bits
-FULL = 1.0
 
 
 class DerivedSpace(SearchSpace):
@@ -99,19 +98,17 @@ class DerivedSpace(SearchSpace):
         self.axes = self.structure.axes
         self._classes(task)
         self._skip = tuple(skip)
-        self.layers = [path for path in self.structure.layers if not self._skipped(path) and not self._repeated(path)]
         self.groups = [group for group in self.structure.groups if self._prunable(group, head_dims)]
         self.blocks = [
             block for block in self.structure.blocks
             if drop and not any(self._skipped(str(n.target)) for n in block.branch if n.op == "call_module")
         ]  # fmt: skip
-        self._by_output = {block.output: block for block in self.blocks}
-        #: Values along many additions, of one shape and precision whichever blocks are kept; the last of each chain.
-        self._chained: set[fx.Node] = set()
-        self._ends: set[fx.Node] = set()
+        self._run = Execution(self.structure, self.blocks, only=int(bits[0]))
+        whole = [path for path in self.structure.layers if self._run.repeated(path)]
+        self.layers = [path for path in self.structure.layers if not self._skipped(path) and path not in whole]
         self._values = {"prune": tuple(prune), "bits": tuple(bits), "rank": tuple(ranks)}
         self._gene_of = self._shared_groups()
-        self._bits_of = self._shared_bits()
+        self._run.bits_of = self._shared_bits()
         self._teaching = members.distillation_choices(kd_weights, temperatures)
         self._offer()
         if len(self.choices) == len(self._teaching):
@@ -127,10 +124,6 @@ class DerivedSpace(SearchSpace):
 
     def _skipped(self, path: str) -> bool:
         return any(fnmatch.fnmatchcase(path, pattern) for pattern in self._skip)
-
-    def _repeated(self, path: str) -> bool:
-        """Whether a layer is called several times: its copies in the file would each have to be quantised alike."""
-        return len(self.structure.calls[path]) > 1
 
     def _prunable(self, group: Group, head_dims: bool) -> bool:
         own = not any(self._skipped(path) for path in group.layers)
@@ -160,9 +153,9 @@ class DerivedSpace(SearchSpace):
             if self._splits(path):
                 add(f"{path}.rank", self._values["rank"], FULL, "low_rank")
         for path in self.layers:
-            add(self._bits_of[path], self._values["bits"], 32, "quantization")
+            add(self._run.bits_of[path], self._values["bits"], 32, "quantization")
         self.choices = (*found.values(), *self._teaching)
-        self._offered = {choice.name for choice in self.choices}
+        self._run.offered = {choice.name for choice in self.choices}
 
     def _shared_groups(self) -> dict[Var, str]:
         """Group → gene. Groups that meet in one part share a gene where it would read too many."""
@@ -187,15 +180,15 @@ class DerivedSpace(SearchSpace):
             for site in self.sites.values():
                 read: set[str] = set()
                 for one in drawn:
-                    candidate = Candidate({name: value for name, value in one.items() if name in self._offered})
+                    candidate = Candidate({name: value for name, value in one.items() if name in self._run.offered})
                     site(candidate)
                     read.update(candidate.reads)
                 if math.prod(len(values[name]) for name in read) <= TABULATED:
                     continue
                 first: dict[str, str] = {}
-                for path, gene in self._bits_of.items():
+                for path, gene in self._run.bits_of.items():
                     if gene in read:
-                        self._bits_of[path] = first.setdefault(home(path), gene)
+                        self._run.bits_of[path] = first.setdefault(home(path), gene)
                 self._offer()
 
     def _shared_bits(self) -> dict[str, str]:
@@ -213,33 +206,14 @@ class DerivedSpace(SearchSpace):
         for start, blocks in chains.items():
             nodes = [n for block in blocks for n in block.branch]
             inside = [str(n.target) for n in nodes if isinstance(self.structure.layer(n), nn.Conv2d)]
-            paths = [*self._sources(start), *sorted(inside, key=self.structure.layers.index)]
+            paths = [*self._run.sources(start), *sorted(inside, key=self.structure.layers.index)]
             paths = [path for path in paths if path in gene]
-            through = all(self._carries(node) for node in (start, *(block.output for block in blocks)))
+            through = all(self._run.carries(node) for node in (start, *(block.output for block in blocks)))
             if len(blocks) > CHAIN and paths and through:
                 gene |= dict.fromkeys(paths, f"{paths[0]}.bits")
-                self._chained |= {start, *(block.output for block in blocks)}
-                self._ends.add(blocks[-1].output)
+                self._run.chained |= {start, *(block.output for block in blocks)}
+                self._run.ends.add(blocks[-1].output)
         return gene
-
-    def _sources(self, node: fx.Node) -> list[str]:
-        """Convolutions that a value comes from through additions and what integers pass."""
-        layer = self.structure.layer(node)
-        if isinstance(layer, nn.Conv2d):
-            return [str(node.target)]
-        if node.op == "placeholder" or is_constant(node):
-            return []
-        if layer is None and not self.structure.passes_on(node):
-            return []
-        return [path for n in node.all_input_nodes for path in self._sources(n)]
-
-    def _carries(self, node: fx.Node) -> bool:
-        """Whether a value may be integers, by what was computed last for it."""
-        if isinstance(self.structure.layer(node), nn.Conv2d):
-            return True
-        passes = isinstance(self.structure.layer(node), (*RELUS, *FOLDED)) or self.structure.passes_on(node)
-        inputs = [n for n in node.all_input_nodes if not is_constant(n)]
-        return passes and self._carries(max(inputs, key=self.structure.rank.__getitem__))
 
     def _splits(self, path: str) -> bool:
         return any(self._rank_of(path, *self._fans(path, {}), share) is not None for share in self._values["rank"])
@@ -264,7 +238,7 @@ class DerivedSpace(SearchSpace):
         found = {}
         for v in variables:
             gene = self._gene_of.get(v)
-            if gene is not None and gene in self._offered:
+            if gene is not None and gene in self._run.offered:
                 found[v] = self.kept(v.size, float(c[gene]), v.role)
         return found
 
@@ -285,123 +259,38 @@ class DerivedSpace(SearchSpace):
         rank = max(8, round(share * min(fan_in, out) / 8) * 8)
         return rank if rank < min(fan_in, out) and rank * (fan_in + out) < fan_in * out else None
 
-    # ---- what is read of a candidate -------------------------------------------------------------------
-
-    def _dropped(self, c: Candidate, node: fx.Node) -> bool:
-        """Whether a node belongs to a branch that is left out."""
-        return any(not self._keeps(c, block) for block in self._enclosing.get(node, ()))
-
-    @cached_property
-    def _enclosing(self) -> dict[fx.Node, list[Block]]:
-        found: dict[fx.Node, list[Block]] = {}
-        for block in reversed(self.blocks):  # outer ones first
-            for node in block.branch:
-                found.setdefault(node, []).append(block)
-        return found
-
-    def _keeps(self, c: Candidate, block: Block) -> bool:
-        gene = f"{block.name}.keep"
-        return bool(c[gene]) if gene in self._offered else True
-
-    def _read(self, c: Candidate, node: fx.Node) -> fx.Node:
-        """The node that is read where ``node`` was; along a chain it makes no difference."""
-        while node not in self._chained:
-            block = self._by_output.get(node)
-            if block is None or self._keeps(c, block):
-                break
-            node = block.shortcut
-        return node
-
-    def _asked(self, c: Candidate, path: str) -> int:
-        """Bits of a layer, as its gene says."""
-        gene = self._bits_of.get(path)
-        if gene is None:
-            return 32
-        return int(c[gene]) if gene in self._offered else int(self._values["bits"][0])
-
-    def _bits(self, c: Candidate, path: str) -> int:
-        """Bits of a layer, as the runtime executes it.
-
-        onnxruntime computes a float convolution in integers where its input is read from integers and its output goes
-        to nothing but integers. So that is how it is trained and priced.
-        """
-        asked = self._asked(c, path)
-        node = self.structure.calls[path][0]
-        if asked <= 8 or not isinstance(self.structure.layer(node), nn.Conv2d) or self._repeated(path):
-            return asked
-        if f"{path}.rank" in self._offered and float(c[f"{path}.rank"]) < FULL:
-            return asked  # it is two convolutions, of which neither has integers on both sides
-        if not self._quantized(c, node.all_input_nodes[0], asked=True):
-            return asked
-        readers = self._alive_readers(c, self._home[node].nodes[-1])
-        return 8 if readers and all(self._wants_integers(c, user, asked=True) for user in readers) else asked
-
-    def _integers(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
-        """Whether a node's value is integers: convolutions', and what only passes them on.
-
-        The rule of the quantiser (:func:`nas.compression.qdq.quantized_nodes`): an addition or pooling follows
-        the input that was computed last.
-
-        Args:
-            asked: by what the genes ask for, and not by what the runtime makes of it.
-        """
-        if node in self._chained:
-            return self._asked(c, self._sources(node)[0]) <= 8
-        node = self._read(c, node)
-        layer = self.structure.layer(node)
-        if isinstance(layer, nn.Conv2d):
-            return (self._asked if asked else self._bits)(c, str(node.target)) <= 8
-        if node.op in ("placeholder", "call_method") or is_constant(node):
-            return False
-        if isinstance(layer, nn.BatchNorm2d):
-            before = node.all_input_nodes[0]
-            folded = isinstance(self.structure.layer(before), nn.Conv2d) and len(before.users) == 1
-            return folded and self._integers(c, before, asked)
-        passes = isinstance(layer, (*RELUS, nn.Dropout, nn.Dropout2d, nn.Identity)) or self.structure.passes_on(node)
-        if not passes:
-            return False
-        inputs = [self._read(c, n) for n in node.all_input_nodes if not is_constant(n)]
-        return self._integers(c, max(inputs, key=self.structure.rank.__getitem__), asked)
-
-    def _quantized(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
-        """Whether a value is read from integers: it is some, or one of its readers wants some, and so all get them."""
-        node = self._read(c, node)
-        return self._integers(c, node, asked) or any(
-            self._wants_integers(c, user, asked) for user in self._alive_readers(c, node)
-        )
+    # ---- what it costs -----------------------------------------------------------------------------------
 
     def _plan(self, c: Candidate, path: str, sizes: Mapping[Var, int]) -> Plan:
         """Passes and settings of one layer."""
         plan: dict[str, dict[str, Any]] = {}
-        if f"{path}.rank" in self._offered:
+        if f"{path}.rank" in self._run.offered:
             rank = self._rank_of(path, *self._fans(path, sizes), float(c[f"{path}.rank"]))
             if rank is not None:
                 plan["low_rank"] = {path: rank}
-        bits = self._bits(c, path)
+        bits = self._run.bits(c, path)
         if bits <= 8:
             plan["quantize"] = {path: bits}
         return plan
-
-    # ---- what it costs -----------------------------------------------------------------------------------
 
     def _sites(self) -> dict[str, Site]:
         sites: dict[str, Site] = {}
         for i, cluster in enumerate(self.structure.clusters):
             sites[f"{i}.{cluster.name}"] = partial(self._part, cluster=cluster, variables=self._variables(cluster))
         for node in [self.structure.input, *(n for cluster in self.structure.clusters for n in cluster.outputs)]:
-            if any(self._may_be_integers(n) for n in (node, *self._readers(node))):
+            if any(self._run.may_be_integers(n) for n in (node, *self._readers(node))):
                 sites[f"{node.name}.boundary"] = partial(self._boundary, node=node)
         return sites
 
     def _part(self, c: Candidate, cluster: Cluster, variables: list[Var]) -> Part | None:
         nodes = cluster.nodes
-        if cluster.nodes[0] in self._enclosing or cluster.nodes[-1] in self._enclosing:
-            alive = [node for node in nodes if not self._dropped(c, node)]
+        if cluster.nodes[0] in self._run.enclosing or cluster.nodes[-1] in self._run.enclosing:
+            alive = [node for node in nodes if not self._run.dropped(c, node)]
             if not alive:
                 return None
             if len(alive) < len(nodes):
                 cluster = Cluster(cluster.name, tuple(alive), cluster.layer)
-        if self._is_fused(c, cluster):
+        if self._run.fused(c, cluster):
             return None
         sizes = self._sizes(c, variables)
         layer = self.structure.modules.get(cluster.layer)
@@ -410,39 +299,23 @@ class DerivedSpace(SearchSpace):
         if isinstance(layer, nn.Linear):
             precision = "int8" if bits <= 8 else "fp32"
         else:
-            precision = "int8" if self._integers(c, cluster.nodes[-1]) else "fp32"
+            precision = "int8" if self._run.integers(c, cluster.nodes[-1]) else "fp32"
         return segment(self.structure, cluster, sizes, plan, precision, bits)
-
-    def _is_fused(self, c: Candidate, cluster: Cluster) -> bool:
-        """Whether an addition is done by the float convolution before it: the runtime adds while it stores."""
-        node = cluster.nodes[0]
-        if getattr(node.target, "_opname", "") != "add" or len(node.all_input_nodes) != 2:
-            return False
-        inputs = [n for n in node.all_input_nodes if not is_constant(n)]
-        if any(self._quantized(c, n) for n in inputs):
-            return False  # it would have to bring integers into the convolutions' layout first
-        last = max((self._read(c, n) for n in inputs), key=self.structure.rank.__getitem__)
-        while isinstance(self.structure.layer(last), nn.BatchNorm2d):
-            last = last.all_input_nodes[0]
-        return isinstance(self.structure.layer(last), nn.Conv2d)
 
     def _readers(self, node: fx.Node) -> list[fx.Node]:
         """First nodes of other clusters that read a value."""
         return [user for user in node.users if user.op != "output" and user.op != "call_method"]
-
-    def _may_be_integers(self, node: fx.Node) -> bool:
-        return isinstance(self.structure.layer(node), nn.Conv2d) or bool(self._sources(node))
 
     def _boundary(self, c: Candidate, node: fx.Node) -> list[Part] | None:
         """Quantisation of a value once, where some reader wants integers; dequantisation for each that does not.
 
         The quantiser lets all readers of a value read what was quantised for one of them.
         """
-        if node not in self._ends and (self._dropped(c, node) or self._read(c, node) is not node):
+        if node not in self._run.ends and (self._run.dropped(c, node) or self._run.read(c, node) is not node):
             return None
-        own = self._integers(c, node)
-        readers = self._alive_readers(c, node)
-        wanted = [self._wants_integers(c, user) for user in readers]
+        own = self._run.integers(c, node)
+        readers = self._run.readers(c, node)
+        wanted = [self._run.wants_integers(c, user) for user in readers]
         shape = tuple(dim.sized(self._sizes(c, _variables(self.axes.of[node]))) for dim in self.axes.of[node][1:])
         parts = []
         if not own and any(wanted):
@@ -450,35 +323,6 @@ class DerivedSpace(SearchSpace):
         if (own or any(wanted)) and wanted.count(False):
             parts.append(Part((Boundary("dequantize"),), shape, "boundary", wanted.count(False)))
         return parts
-
-    def _alive_readers(self, c: Candidate, node: fx.Node) -> list[fx.Node | None]:
-        """Nodes of other clusters that read a value, also through blocks that are left out; None is the output."""
-        found: list[fx.Node | None] = []
-        home = self._home.get(node)
-        for user in node.users:
-            if user.op == "output":
-                found.append(None)
-            elif user.op != "call_method" and self._home.get(user) is not home and not self._dropped(c, user):
-                found.append(user)
-        for block in self.blocks:
-            if node in self._chained:
-                break  # whoever reads through a chain reads its end
-            if block.shortcut is node and not self._keeps(c, block) and not self._hidden(c, block):
-                found += self._alive_readers(c, block.output)
-        return found
-
-    def _hidden(self, c: Candidate, block: Block) -> bool:
-        """Whether a block lies within another one that is left out."""
-        return any(b is not block and not self._keeps(c, b) for b in self._enclosing.get(block.output, ()))
-
-    @cached_property
-    def _home(self) -> dict[fx.Node, Cluster]:
-        return {node: cluster for cluster in self.structure.clusters for node in cluster.nodes}
-
-    def _wants_integers(self, c: Candidate, user: fx.Node | None, asked: bool = False) -> bool:
-        if user is None or isinstance(self.structure.layer(user), nn.Linear):
-            return False
-        return self._integers(c, user, asked)
 
     # ---- what is trained -----------------------------------------------------------------------------------
 
@@ -489,12 +333,12 @@ class DerivedSpace(SearchSpace):
         }
         bits: dict[str, Treatment] = {
             f"{path}.bits": partial(self._treated, path=path, technique="quantize")
-            for path in self.structure.layers if not self._repeated(path)
+            for path in self.structure.layers if not self._run.repeated(path)
         }
         return {**ranks, **bits, "distillation": self._distilled}
 
     def _treated(self, c: Candidate, path: str, technique: str) -> Training | None:
-        if self._dropped(c, self.structure.calls[path][0]):
+        if self._run.dropped(c, self.structure.calls[path][0]):
             return None
         plan = self._plan(c, path, self._sizes(c, _variables(self.axes.layers[path])))
         return Training(compression={technique: plan[technique]}) if technique in plan else None
@@ -507,12 +351,12 @@ class DerivedSpace(SearchSpace):
     def build(self, candidate: Candidate) -> nn.Module:
         # Of a group that lies in branches that are left out, nothing is read: its gene is dormant.
         gone = {
-            path for path, nodes in self.structure.calls.items() if all(self._dropped(candidate, n) for n in nodes)
+            path for path, nodes in self.structure.calls.items() if all(self._run.dropped(candidate, n) for n in nodes)
         }  # fmt: skip
         sizes = self._sizes(candidate, [g.variable for g in self.groups if not gone.issuperset(g.layers)])
         chosen = {v: self._best(v, size) for v, size in sizes.items() if size < v.size}
-        outer = [block for block in self.blocks if not self._hidden(candidate, block)]
-        instead = {block.output: block.shortcut for block in outer if not self._keeps(candidate, block)}
+        outer = [block for block in self.blocks if not self._run.hidden(candidate, block)]
+        instead = {block.output: block.shortcut for block in outer if not self._run.keeps(candidate, block)}
         return shrunk(self.axes, chosen, instead=instead)
 
     def _best(self, variable: Var, count: int) -> torch.Tensor:
@@ -556,7 +400,7 @@ class DerivedSpace(SearchSpace):
                 f"{path}: {v.size} outputs stay, {v.tied}" for v in alone
                 if isinstance(v, Var) and v.tied and v not in output and path in self.layers
             ]  # fmt: skip
-        repeated = [path for path in self.structure.layers if self._repeated(path)]
+        repeated = [path for path in self.structure.layers if self._run.repeated(path)]
         lines += [f"{path}: stays in fp32 and whole, it is called several times" for path in repeated]
         return lines + self.axes.notes
 

@@ -1,0 +1,197 @@
+"""What of a traced model runs for a candidate, and in which precision: what onnxruntime makes of what was asked for.
+
+A user's model decides precision layer by layer, so every mixture of neighbours occurs. The rules here are those of the
+quantiser and of the runtime's own rewriting; ``tests/test_derived.py`` counts the kernels of parts and whole networks.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from torch import fx, nn
+
+from nas.derived.clusters import FOLDED, Cluster, Clustered
+from nas.genes import Candidate
+from nas.tracing.structure import RELUS, Block
+from nas.tracing.trace import is_constant
+
+FULL = 1.0  # the share of the rank of a layer that stays as it is
+
+
+class Execution:
+    """The model as a candidate leaves it.
+
+    Args:
+        structure: the traced model.
+        blocks: residual branches that may be left out.
+
+    Attributes:
+        bits_of: layer → gene of its bits; layers that are not in it stay in fp32.
+        offered: names of the choices; a gene that is none of them has one value.
+        only: bits of all layers where there is no choice.
+        chained: values along many additions, of one shape and precision whichever blocks are kept.
+        ends: the last of each chain.
+        by_output: what a block gives → the block.
+    """
+
+    def __init__(self, structure: Clustered, blocks: list[Block], only: int) -> None:
+        self.structure, self.blocks, self.only = structure, blocks, only
+        self.bits_of: dict[str, str] = {}
+        self.offered: set[str] = set()
+        self.chained: set[fx.Node] = set()
+        self.ends: set[fx.Node] = set()
+        self.by_output = {block.output: block for block in blocks}
+
+    def repeated(self, path: str) -> bool:
+        """Whether a layer is called several times: its copies in the file would each have to be quantised alike."""
+        return len(self.structure.calls[path]) > 1
+
+    def keeps(self, c: Candidate, block: Block) -> bool:
+        """Whether a residual branch stays."""
+        gene = f"{block.name}.keep"
+        return bool(c[gene]) if gene in self.offered else True
+
+    @cached_property
+    def enclosing(self) -> dict[fx.Node, list[Block]]:
+        """Node → the blocks that it is lost with, outer ones first."""
+        found: dict[fx.Node, list[Block]] = {}
+        for block in reversed(self.blocks):  # outer ones first
+            for node in block.branch:
+                found.setdefault(node, []).append(block)
+        return found
+
+    def dropped(self, c: Candidate, node: fx.Node) -> bool:
+        """Whether a node belongs to a branch that is left out."""
+        return any(not self.keeps(c, block) for block in self.enclosing.get(node, ()))
+
+    def hidden(self, c: Candidate, block: Block) -> bool:
+        """Whether a block lies within another one that is left out."""
+        return any(b is not block and not self.keeps(c, b) for b in self.enclosing.get(block.output, ()))
+
+    def read(self, c: Candidate, node: fx.Node) -> fx.Node:
+        """The node that is read where ``node`` was; along a chain it makes no difference."""
+        while node not in self.chained:
+            block = self.by_output.get(node)
+            if block is None or self.keeps(c, block):
+                break
+            node = block.shortcut
+        return node
+
+    @cached_property
+    def home(self) -> dict[fx.Node, Cluster]:
+        """Node → its cluster."""
+        return {node: cluster for cluster in self.structure.clusters for node in cluster.nodes}
+
+    def readers(self, c: Candidate, node: fx.Node) -> list[fx.Node | None]:
+        """Nodes of other clusters that read a value, also through blocks that are left out; None is the output."""
+        found: list[fx.Node | None] = []
+        home = self.home.get(node)
+        for user in node.users:
+            if user.op == "output":
+                found.append(None)
+            elif user.op != "call_method" and self.home.get(user) is not home and not self.dropped(c, user):
+                found.append(user)
+        for block in self.blocks:
+            if node in self.chained:
+                break  # whoever reads through a chain reads its end
+            if block.shortcut is node and not self.keeps(c, block) and not self.hidden(c, block):
+                found += self.readers(c, block.output)
+        return found
+
+    def asked(self, c: Candidate, path: str) -> int:
+        """Bits of a layer, as its gene says."""
+        gene = self.bits_of.get(path)
+        if gene is None:
+            return 32
+        return int(c[gene]) if gene in self.offered else self.only
+
+    def bits(self, c: Candidate, path: str) -> int:
+        """Bits of a layer, as the runtime executes it.
+
+        onnxruntime computes a float convolution in integers where its input is read from integers and its output goes
+        to nothing but integers. So that is how it is trained and priced.
+        """
+        asked = self.asked(c, path)
+        node = self.structure.calls[path][0]
+        if asked <= 8 or not isinstance(self.structure.layer(node), nn.Conv2d) or self.repeated(path):
+            return asked
+        if f"{path}.rank" in self.offered and float(c[f"{path}.rank"]) < FULL:
+            return asked  # it is two convolutions, of which neither has integers on both sides
+        if not self.quantized(c, node.all_input_nodes[0], asked=True):
+            return asked
+        readers = self.readers(c, self.home[node].nodes[-1])
+        return 8 if readers and all(self.wants_integers(c, user, asked=True) for user in readers) else asked
+
+    def integers(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
+        """Whether a node's value is integers: convolutions', and what only passes them on.
+
+        The rule of the quantiser (:func:`nas.compression.qdq.quantized_nodes`): an addition or pooling follows
+        the input that was computed last.
+
+        Args:
+            asked: by what the genes ask for, and not by what the runtime makes of it.
+        """
+        if node in self.chained:
+            return self.asked(c, self.sources(node)[0]) <= 8
+        node = self.read(c, node)
+        layer = self.structure.layer(node)
+        if isinstance(layer, nn.Conv2d):
+            return (self.asked if asked else self.bits)(c, str(node.target)) <= 8
+        if node.op in ("placeholder", "call_method") or is_constant(node):
+            return False
+        if isinstance(layer, nn.BatchNorm2d):
+            before = node.all_input_nodes[0]
+            folded = isinstance(self.structure.layer(before), nn.Conv2d) and len(before.users) == 1
+            return folded and self.integers(c, before, asked)
+        passes = isinstance(layer, (*RELUS, nn.Dropout, nn.Dropout2d, nn.Identity)) or self.structure.passes_on(node)
+        if not passes:
+            return False
+        inputs = [self.read(c, n) for n in node.all_input_nodes if not is_constant(n)]
+        return self.integers(c, max(inputs, key=self.structure.rank.__getitem__), asked)
+
+    def quantized(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
+        """Whether a value is read from integers: it is some, or one of its readers wants some, and so all get them."""
+        node = self.read(c, node)
+        return self.integers(c, node, asked) or any(
+            self.wants_integers(c, user, asked) for user in self.readers(c, node)
+        )
+
+    def wants_integers(self, c: Candidate, user: fx.Node | None, asked: bool = False) -> bool:
+        if user is None or isinstance(self.structure.layer(user), nn.Linear):
+            return False
+        return self.integers(c, user, asked)
+
+    def fused(self, c: Candidate, cluster: Cluster) -> bool:
+        """Whether an addition is done by the float convolution before it: the runtime adds while it stores."""
+        node = cluster.nodes[0]
+        if getattr(node.target, "_opname", "") != "add" or len(node.all_input_nodes) != 2:
+            return False
+        inputs = [n for n in node.all_input_nodes if not is_constant(n)]
+        if any(self.quantized(c, n) for n in inputs):
+            return False  # it would have to bring integers into the convolutions' layout first
+        last = max((self.read(c, n) for n in inputs), key=self.structure.rank.__getitem__)
+        while isinstance(self.structure.layer(last), nn.BatchNorm2d):
+            last = last.all_input_nodes[0]
+        return isinstance(self.structure.layer(last), nn.Conv2d)
+
+    def sources(self, node: fx.Node) -> list[str]:
+        """Convolutions that a value comes from through additions and what integers pass."""
+        layer = self.structure.layer(node)
+        if isinstance(layer, nn.Conv2d):
+            return [str(node.target)]
+        if node.op == "placeholder" or is_constant(node):
+            return []
+        if layer is None and not self.structure.passes_on(node):
+            return []
+        return [path for n in node.all_input_nodes for path in self.sources(n)]
+
+    def may_be_integers(self, node: fx.Node) -> bool:
+        return isinstance(self.structure.layer(node), nn.Conv2d) or bool(self.sources(node))
+
+    def carries(self, node: fx.Node) -> bool:
+        """Whether a value may be integers, by what was computed last for it."""
+        if isinstance(self.structure.layer(node), nn.Conv2d):
+            return True
+        passes = isinstance(self.structure.layer(node), (*RELUS, *FOLDED)) or self.structure.passes_on(node)
+        inputs = [n for n in node.all_input_nodes if not is_constant(n)]
+        return passes and self.carries(max(inputs, key=self.structure.rank.__getitem__))
