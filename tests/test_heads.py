@@ -23,7 +23,8 @@ import nas
 from nas.compression import ChannelPrune, LayerDrop, apply_passes, passes
 from nas.compression.importance import IMPORTANCES
 from nas.errors import CompressionError
-from nas.pipeline import Tuning, prepare
+from nas.pipeline import Tuning
+from nas.pipeline.prepare import prepare
 from nas.progress import Silent
 from nas.testing import check_pass
 from nas.tracing import trace

@@ -157,6 +157,7 @@ class Execution:
         )
 
     def wants_integers(self, c: Candidate, user: fx.Node | None, asked: bool = False) -> bool:
+        """Whether a reader computes in integers what it is given; None, the output, does not."""
         if user is None or isinstance(self.structure.layer(user), nn.Linear):
             return False
         return self.integers(c, user, asked)
@@ -186,6 +187,7 @@ class Execution:
         return [path for n in node.all_input_nodes for path in self.sources(n)]
 
     def may_be_integers(self, node: fx.Node) -> bool:
+        """Whether a value is integers for some candidate."""
         return isinstance(self.structure.layer(node), nn.Conv2d) or bool(self.sources(node))
 
     def carries(self, node: fx.Node) -> bool:
