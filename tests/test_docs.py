@@ -598,6 +598,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[s
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_models", raising=False)  # another test's
     yield lambda name: exec(compile(files[name].replace("EPOCHS = 12", "EPOCHS = 4"), name, "exec"), {})
     sys.modules.pop("my_models", None)
 

@@ -378,7 +378,7 @@ def test_the_list_names_what_can_be_exported(search: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("candidate", "words"),
-    [("99", "no trial 99"), ("best", "no candidate 'best'"), ("uniform-99", "no candidate 'uniform-99'"),
+    [("99", "no candidate 99"), ("best", "no candidate 'best'"), ("uniform-99", "no candidate 'uniform-99'"),
      ("random-0", "no trials of 'random'")],
 )  # fmt: skip
 def test_a_candidate_that_is_not_there(candidate: str, words: str, searched: Path, tmp_path: Path) -> None:
