@@ -41,7 +41,7 @@ def part(channels: int) -> Part:
 
 BUNDLED = [
     name for name in sorted(content.available("search_spaces"))
-    if not issubclass(content.load_space_class(name), PublishedSpace | DerivedSpace)  # that of a model has its own tests
+    if not issubclass(content.load_space_class(name), PublishedSpace | DerivedSpace)  # a model's own is tested apart
 ]  # fmt: skip
 
 
