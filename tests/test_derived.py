@@ -179,3 +179,24 @@ def test_an_experiment_takes_a_model_for_space_and_teacher(tmp_path) -> None:
 def test_a_model_without_weights_is_refused() -> None:
     with pytest.raises(SpaceError, match="no weights"):
         DerivedSpace(IMAGES, model="tests.own_models:residual_net")
+
+
+def test_features_and_attention_of_ones_own_model_are_taught() -> None:
+    """A pruned candidate of a traced model learns from the features of the model that it was made of."""
+    from nas.evaluators import Distil
+    from nas.evaluators.train import Lessons, Recipe
+    from nas.tasks import ImageClassification
+
+    task = ImageClassification("digits", limit=200)
+    model, _, _ = made("residual")
+    space = DerivedSpace(task.info, model=model, feature_weights=[0.0, 1.0], attention_weights=[0.0, 10.0])
+    plain = space.ladder()[0].as_dict() | {"layers.1.conv1.prune": 0.5}
+    lessons = Lessons.prepare(task, model, 1, 0)
+    student = Distil(space, task, lessons, Recipe(2, 1, lr=1e-3), 0)
+    states = [
+        student.fit(space.encode(plain | taught), student.recipe).state_dict()
+        for taught in ({}, {"feature_weight": 1.0}, {"attention_weight": 10.0})
+    ]
+    assert set(states[0]) == set(states[1]) == set(states[2])  # what compares the features is not part of the student
+    for state in states[1:]:
+        assert not torch.equal(state["stem.weight"], states[0]["stem.weight"])

@@ -53,6 +53,7 @@ class DerivedSpace(SearchSpace):
         multiple: kept channels and units are rounded to it, because runtimes work on blocks of channels.
         skip: names of layers (patterns as in ``layer1.*``) that stay as they are, in fp32.
         kd_weights, temperatures: distillation settings on offer.
+        feature_weights, attention_weights: of what is learnt beside the teacher's logits; 0 alone is no choice.
 
     Raises:
         CompressionError: the model's forward cannot be followed.
@@ -77,6 +78,8 @@ class DerivedSpace(SearchSpace):
         skip: Sequence[str] = (),
         kd_weights: Sequence[float] = (0.5, 0.9),
         temperatures: Sequence[float] = (2.0, 4.0),
+        feature_weights: Sequence[float] = (0.0,),
+        attention_weights: Sequence[float] = (0.0,),
     ) -> None:
         _check(prune, bits, ranks, multiple)
         self.task, self.multiple = task, multiple
@@ -89,7 +92,8 @@ class DerivedSpace(SearchSpace):
             options = {
                 "weights": weights, "prune": prune, "bits": bits, "ranks": ranks, "drop": drop,
                 "head_dims": head_dims, "multiple": multiple, "skip": skip, "kd_weights": kd_weights,
-                "temperatures": temperatures,
+                "temperatures": temperatures, "feature_weights": feature_weights,
+                "attention_weights": attention_weights,
             }  # fmt: skip
             self.recipe = (_again, (task, model, options))
         with torch.random.fork_rng(devices=[]):
@@ -109,7 +113,9 @@ class DerivedSpace(SearchSpace):
         self._values = {"prune": tuple(prune), "bits": tuple(bits), "rank": tuple(ranks)}
         self._gene_of = self._shared_groups()
         self._run.bits_of = self._shared_bits()
-        self._teaching = members.distillation_choices(kd_weights, temperatures)
+        self._teaching = members.distillation_choices(
+            kd_weights, temperatures, feature_weights=feature_weights, attention_weights=attention_weights
+        )
         self._offer()
         if len(self.choices) == len(self._teaching):
             raise SpaceError(
@@ -335,18 +341,13 @@ class DerivedSpace(SearchSpace):
             f"{path}.bits": partial(self._treated, path=path, technique="quantize")
             for path in self.structure.layers if not self._run.repeated(path)
         }
-        return {**ranks, **bits, "distillation": self._distilled}
+        return {**ranks, **bits, "distillation": partial(members.distilled, offered=set(self._run.offered))}
 
     def _treated(self, c: Candidate, path: str, technique: str) -> Training | None:
         if self._run.dropped(c, self.structure.calls[path][0]):
             return None
         plan = self._plan(c, path, self._sizes(c, _variables(self.axes.layers[path])))
         return Training(compression={technique: plan[technique]}) if technique in plan else None
-
-    @staticmethod
-    def _distilled(c: Candidate) -> Training | None:
-        weight = float(c["kd_weight"])
-        return Training(weight, float(c["temperature"])) if weight else None
 
     def build(self, candidate: Candidate) -> nn.Module:
         # Of a group that lies in branches that are left out, nothing is read: its gene is dormant.
