@@ -123,6 +123,8 @@ def _traced(
                 remedy="write what it names with other operators",
             ) from error
     exported = onnx.load_from_string(buffer.getvalue())
+    _unmerge(exported)
+    _drop_dead_nodes(exported)  # so that no name is taken by what nothing reads
     _name_linear_weights(exported, model)
     _pass_on_remarks(exported, model)
     return exported
@@ -226,25 +228,45 @@ def _values(model: onnx.ModelProto, names: list[str], x: npt.NDArray[Any]) -> di
     return dict(zip(names, session.run(names, {probe.graph.input[0].name: x}), strict=True))
 
 
+def _unmerge(model: onnx.ModelProto) -> None:
+    """Equal tensors apart: the exporter merges them, and hands those on by an Identity that has the other's name."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    results = {value.name for value in model.graph.output}
+    for node in list(model.graph.node):
+        if node.op_type == "Identity" and node.input[0] in tensors and node.output[0] not in results:
+            twin = model.graph.initializer.add()
+            twin.CopyFrom(tensors[node.input[0]])
+            twin.name = node.output[0]
+            tensors[twin.name] = twin
+            model.graph.node.remove(node)
+
+
 def _name_linear_weights(exported: onnx.ModelProto, model: nn.Module) -> None:
     """Give the transposed weights of linear layers their names back; the exporter numbers them.
 
-    That happens where a layer becomes a MatMul: without a bias, or on more than two dimensions.
+    That happens where a layer becomes a MatMul: without a bias, or on more than two dimensions. Layers of equal weights
+    get their names in the order in which they come.
     """
-    known = {
-        layer.weight.detach().t().contiguous().numpy().tobytes(): f"{name}.weight"
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
-    }
-    names = {tensor.name: tensor.name for tensor in exported.graph.initializer}
-    for tensor in exported.graph.initializer:
-        if tensor.name.startswith("onnx::MatMul"):
-            wanted = known.get(numpy_helper.to_array(tensor).tobytes(), tensor.name)
-            if wanted not in names:
-                names[tensor.name] = names[wanted] = tensor.name = wanted
-    for node in exported.graph.node:
+    names: dict[bytes, list[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            names.setdefault(layer.weight.detach().t().contiguous().numpy().tobytes(), []).append(f"{name}.weight")
+    graph = exported.graph
+    numbered = {tensor.name: tensor for tensor in graph.initializer if tensor.name.startswith("onnx::MatMul")}
+    taken = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
         for i, name in enumerate(node.input):
-            node.input[i] = names.get(name, name)
+            own = names.get(numpy_helper.to_array(numbered[name]).tobytes(), []) if name in numbered else []
+            free = [wanted for wanted in own if wanted not in taken]
+            if free:
+                named = graph.initializer.add()
+                named.CopyFrom(numbered[name])
+                named.name = node.input[i] = free[0]
+                taken.add(free[0])
+    read = {name for node in graph.node for name in node.input}
+    for name, tensor in numbered.items():
+        if name not in read:
+            graph.initializer.remove(tensor)
 
 
 def free_batch(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -266,7 +288,7 @@ def free_batch(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _unshare_initializers(model: onnx.ModelProto) -> None:
-    """Give every reader its own copy: the exporter merges equal tensors, and shared ones do not fuse in int8."""
+    """Give every reader its own copy: shared ones do not fuse in int8."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     read: set[str] = set()
     for node in model.graph.node:
