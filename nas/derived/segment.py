@@ -24,7 +24,8 @@ from nas.compression.fold import fold_batchnorm
 from nas.derived.clusters import FOLDED, Cluster, Clustered
 from nas.parts import Part, Shape
 from nas.student.export import export_fixed
-from nas.tracing.dims import Dim, Var, flat
+from nas.tracing.axes import flat
+from nas.tracing.dims import Dim, Var
 from nas.tracing.shrink import shrunk
 from nas.tracing.trace import is_constant
 

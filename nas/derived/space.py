@@ -25,7 +25,8 @@ from nas.errors import SpaceError
 from nas.parts import Boundary, Part
 from nas.space import Candidate, Choice, SearchSpace, Site, TaskInfo, Training, Treatment
 from nas.student.own import built, with_weights
-from nas.tracing.dims import Dim, Var, flat
+from nas.tracing.axes import flat
+from nas.tracing.dims import Dim, Var
 from nas.tracing.importance import importance
 from nas.tracing.shrink import shrunk
 from nas.tracing.structure import Block, Group

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from nas.tracing.dims import Axes, Dim, Var
+from nas.tracing.axes import Axes
+from nas.tracing.dims import Dim, Var
 from nas.tracing.trace import is_reshape
 
 Chosen = Mapping[Var, torch.Tensor]

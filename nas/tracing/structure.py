@@ -12,7 +12,9 @@ from functools import cached_property
 import torch
 from torch import fx, nn
 
-from nas.tracing.dims import Axes, Var, axes
+from nas.tracing.axes import Axes
+from nas.tracing.dims import Var
+from nas.tracing.follow import axes
 from nas.tracing.trace import FUNCTIONAL, is_constant, shape_of, trace
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.Embedding)

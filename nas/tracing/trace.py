@@ -110,10 +110,11 @@ def _first_line(error: Exception) -> str:
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Shape of a node's value in the traced example, the batch as a number."""
-    return tuple(_number(size) for size in node.meta["val"].shape)
+    return tuple(number(size) for size in node.meta["val"].shape)
 
 
-def _number(size: Any) -> int:
+def number(size: Any) -> int:
+    """A size of the traced example, the batch's too."""
     return size if isinstance(size, int) else int(size.node.hint)
 
 
