@@ -101,37 +101,41 @@ def entrants(
     return chosen
 
 
-def _uniform(job: Job, estimator: CostEstimator, limits: tuple[Limit, ...], count: int) -> list[Entrant]:
-    """Up to ``count`` uniformly compressed members within the budget, the slowest that it admits among them.
+def uniform_within(job: Job, estimator: CostEstimator, limits: tuple[Limit, ...]) -> list[Entrant]:
+    """The uniformly compressed members within the budget by prediction, each once, the slowest first.
 
     They are what people do by hand, so nothing of them is masked.
+
+    Raises:
+        SpaceError: the space offers none.
     """
     members = np.array([job.space.encode(c) for c in job.space.uniform()])
     costs = estimator.price(members)
-    feasible = np.flatnonzero(violation(costs, estimator.costs, limits) == 0)
-    if not len(feasible):
-        job.warn("no uniformly compressed member of the family meets the budget: that baseline is missing")
-    order = feasible[np.argsort(costs[feasible, estimator.costs.index(LATENCY)], kind="stable")]
+    within = np.flatnonzero(violation(costs, estimator.costs, limits) == 0)
+    order = within[np.argsort(-costs[within, estimator.costs.index(job.latency)], kind="stable")]
+    different = dict(zip(job.space.canonical_ids(members[order]), order.tolist(), strict=True)) if len(order) else {}
     return [
         Entrant(
-            "uniform", int(i), tuple(int(g) for g in members[i]), None,
+            "uniform", i, tuple(int(g) for g in members[i]), None,
             dict(zip(estimator.costs, costs[i].tolist(), strict=True)),
         )
-        for i in spread(order.tolist(), count)
+        for i in sorted(different.values(), key=order.tolist().index)
     ]  # fmt: skip
+
+
+def _uniform(job: Job, estimator: CostEstimator, limits: tuple[Limit, ...], count: int) -> list[Entrant]:
+    """Up to ``count`` of them, the slowest among them."""
+    within = uniform_within(job, estimator, limits)
+    if not within:
+        job.warn("no uniformly compressed member of the family meets the budget: that baseline is missing")
+    return spread(within[::-1], count)
 
 
 def warm_starts(job: Job, estimator: CostEstimator, limits: tuple[Limit, ...]) -> list[dict[str, Value]]:
     """The ``search.warm`` slowest uniformly compressed members within the budget: what the search tries first."""
-    if not job.experiment.search.warm:
-        return []
-    members = np.array([job.space.encode(c) for c in job.space.uniform()])
-    costs = estimator.price(members)
-    within = np.flatnonzero(violation(costs, estimator.costs, limits) == 0)
-    order = within[np.argsort(-costs[within, estimator.costs.index(LATENCY)], kind="stable")]
-    different = dict(zip(job.space.canonical_ids(members[order])[::-1], order[::-1].tolist(), strict=True))
-    first = sorted(different.values(), key=order.tolist().index)[: job.experiment.search.warm]
-    return [job.space.decode(members[i]).as_dict() for i in first]
+    warm = job.experiment.search.warm
+    first = uniform_within(job, estimator, limits)[:warm] if warm else []
+    return [job.space.decode(np.array(entrant.genome)).as_dict() for entrant in first]
 
 
 def measure_finalists(

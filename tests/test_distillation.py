@@ -23,16 +23,8 @@ from nas import members
 from nas.content import load_space
 from nas.errors import ContentError, ExperimentError, NasError, SpaceError, TrainingError
 from nas.evaluators import Distil, distillation
-from nas.evaluators.distillation import (
-    Guide,
-    Hints,
-    as_map,
-    attention_distance,
-    feature_distance,
-    maps,
-    mixed_logits,
-    stage_outputs,
-)
+from nas.evaluators.distillation import Guide, Hints, attention_distance, feature_distance, mixed_logits
+from nas.evaluators.points import as_map, maps, stage_outputs
 from nas.evaluators.train import Lessons, Recipe, predict, train
 from nas.executors import Processes, Serial
 from nas.experiment import load_experiment

@@ -11,7 +11,6 @@ from rich.text import Text
 
 from nas.ablation.result import Record, read_result
 from nas.errors import StudyError
-from nas.files import write_atomic
 from nas.report.drawing import (
     BLUE,
     GREEN,
@@ -28,7 +27,7 @@ from nas.report.drawing import (
 from nas.report.formats import UNKNOWN, duration, kib, milliseconds, percent, points
 from nas.report.markup import Html, bullets, pairs, tag
 from nas.report.markup import table as html_table
-from nas.report.page import page, section
+from nas.report.page import page, save_page, section
 
 PAGE = "ablation.html"
 #: Arm → colour, marker, and what it is.
@@ -52,11 +51,7 @@ def write_page(folder: Path) -> Path:
     """
     target = folder / PAGE
     content = render(read_result(folder))
-    try:
-        write_atomic(target, content)
-    except OSError as error:
-        raise StudyError(f"{target} cannot be written: {error}.", remedy="free space or mend its rights") from error
-    return target
+    return save_page(target, content, StudyError)
 
 
 def render(result: Record) -> str:

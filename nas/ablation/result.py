@@ -11,8 +11,7 @@ from typing import Any
 
 from nas.ablation.spec import CONTEST, TEST, Ablation, contest_folder, label, seed_folder
 from nas.ablation.stats import paired
-from nas.errors import StudyError
-from nas.files import write_json
+from nas.files import read_versioned, write_json
 
 SCHEMA_VERSION = 1
 RESULT = "ablation.json"
@@ -70,14 +69,7 @@ def write_result(
 
 def read_result(folder: Path) -> Record:
     """The content of ``ablation.json``. Raises StudyError where it is none."""
-    path = folder / RESULT
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"No readable ablation at {path}: {error}.", remedy="run `nas ablate` first") from error
-    if not isinstance(result, dict) or result.get("schema_version") != SCHEMA_VERSION:
-        raise StudyError(f"{path} is no ablation of schema version {SCHEMA_VERSION}.", remedy="run `nas ablate` again")
-    return result
+    return read_versioned(folder / RESULT, SCHEMA_VERSION, "ablation", "nas ablate")
 
 
 def _read(path: Path) -> Record:

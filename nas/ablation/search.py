@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nas.ablation.phases import Phase, budgets, can_go_on, phases_of, plain_genome, share, teaching_columns
-from nas.arms import recorded_in, warm_starts
+from nas.arms import recorded_in, uniform_within, warm_starts
 from nas.controller import Budget, SearchController, best, objective
 from nas.errors import BudgetError, SpaceError
 from nas.evaluators.base import Evaluation
@@ -222,15 +222,10 @@ def _uniform(contest: Contest, seconds: float | None, price: float | None) -> Fo
     """The family's uniformly compressed members within the budget, the slowest first; nothing of them is masked."""
     space = contest.job.space
     try:
-        members = np.array([space.encode(member) for member in space.uniform()])
+        members = uniform_within(contest.job, contest.estimator, contest.screen)
     except SpaceError as error:
         return Found(reason=error.found)
-    costs = contest.estimator.price(members)
-    names = contest.estimator.costs
-    feasible = np.flatnonzero(violation(costs, names, contest.screen) == 0)
-    order = feasible[np.argsort(-costs[feasible, names.index(contest.job.latency)], kind="stable")]
-    different = dict(zip(space.canonical_ids(members[order])[::-1], order.tolist()[::-1], strict=True))
-    queue = [space.decode(members[i]).as_dict() for i in sorted(different.values(), key=order.tolist().index)]
+    queue = [space.decode(np.array(member.genome)).as_dict() for member in members]
     if not queue:
         return Found(reason="no uniformly compressed member of the family meets the budget by prediction")
     budget = Budget(len(queue), training=_given(seconds))

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from nas.errors import StudentError
-from nas.files import write_atomic
 from nas.report import figures, lookup, tables
 from nas.report.calibration import calibration
 from nas.report.drawing import Fragments
 from nas.report.formats import UNKNOWN, count, duration, kib, milliseconds, percent, points, score, text, times
 from nas.report.markup import Html, bullets, pairs, paragraphs, tag
-from nas.report.page import page, section
+from nas.report.page import page, save_page, section
 from nas.report.summary import Record, number, part, ratio, read_summary, records, row, whole, winner
 from nas.report.words import (
     baseline_sentences,
@@ -57,11 +56,7 @@ def write_report(run: Path) -> Path:
     target = run / "report.html"
     summary = read_summary(run)
     content = lookup.render(summary) if lookup.is_lookup(summary) else render(summary)
-    try:
-        write_atomic(target, content)
-    except OSError as error:
-        raise StudentError(f"{target} cannot be written: {error}.", remedy="free space or mend its rights") from error
-    return target
+    return save_page(target, content, StudentError)
 
 
 def _header(summary: Record, name: str) -> Html:

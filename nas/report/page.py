@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
+from nas.errors import NasError
+from nas.files import write_atomic
 from nas.report.markup import Html, paragraphs, safe, tag
 
 # The page may run its own script and style and nothing else: a browser that honours this cannot leak a run.
@@ -74,3 +77,12 @@ def page(title: str, content: Iterable[Html]) -> str:
 def section(title: str, *content: Html, lead: Iterable[str] = (), class_: str = "") -> Html:
     """A titled block; ``lead`` says in words how to read what follows."""
     return tag("section", tag("h2", title), paragraphs(lead, "soft"), *content, class_=class_)
+
+
+def save_page(target: Path, content: str, failure: type[NasError]) -> Path:
+    """Write a page, whole or not at all; returns its path. Raises ``failure`` where it cannot be written."""
+    try:
+        write_atomic(target, content)
+    except OSError as error:
+        raise failure(f"{target} cannot be written: {error}.", remedy="free space or mend its rights") from error
+    return target

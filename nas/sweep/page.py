@@ -10,12 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from nas.errors import StudyError
-from nas.files import write_atomic
 from nas.report.drawing import Fragments
 from nas.report.formats import UNKNOWN, duration
 from nas.report.markup import Html, tag
 from nas.report.markup import table as html_table
-from nas.report.page import page, section
+from nas.report.page import page, save_page, section
 from nas.sweep import figures
 from nas.sweep.figures import Record, number
 from nas.sweep.result import read_result
@@ -32,11 +31,7 @@ def write_report(folder: Path) -> Path:
     """
     target = folder / "report.html"
     content = render(read_result(folder))
-    try:
-        write_atomic(target, content)
-    except OSError as error:
-        raise StudyError(f"{target} cannot be written: {error}.", remedy="free space or mend its rights") from error
-    return target
+    return save_page(target, content, StudyError)
 
 
 def render(sweep: Record) -> str:

@@ -8,8 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from nas.errors import StudyError
-from nas.files import write_json
+from nas.files import read_versioned, write_json
 from nas.sweep.experiments import ExperimentRunner
 from nas.sweep.record import Entry, Ledger, Record
 
@@ -37,14 +36,7 @@ def write_result(record: Record, ledger: Ledger, seconds: float) -> dict[str, An
 
 def read_result(folder: Path) -> dict[str, Any]:
     """The content of a sweep's ``sweep.json``. Raises StudyError where it is none."""
-    path = folder / RESULT
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"No readable sweep at {path}: {error}.", remedy="run `nas sweep` first") from error
-    if not isinstance(result, dict) or result.get("schema_version") != SCHEMA_VERSION:
-        raise StudyError(f"{path} is no sweep of schema version {SCHEMA_VERSION}.", remedy="run `nas sweep` again")
-    return result
+    return read_versioned(folder / RESULT, SCHEMA_VERSION, "sweep", "nas sweep")
 
 
 def _rank(entry: Entry, goal: str) -> tuple[int, float, float, int]:
