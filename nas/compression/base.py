@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import difflib
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,13 @@ class Pass(abc.ABC):
     """
 
     stores = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """An option that a pass does not know is one clear error, whoever asks for it."""
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("settings_for")
+        if own is not None:
+            cls.settings_for = classmethod(_of_known_options(own.__func__))  # type: ignore[method-assign,assignment]
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = dict(settings)
@@ -81,6 +89,24 @@ class Pass(abc.ABC):
     def rewrite(self, model: onnx.ModelProto, calibration: npt.NDArray[np.float32]) -> onnx.ModelProto:
         """Rewrite the exported model; ``calibration`` holds raw training inputs (default: unchanged)."""
         return model
+
+
+def _of_known_options(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+    @wraps(function)
+    def checked(
+        cls: type[Pass], model: nn.Module, sample: torch.Tensor, loss: Loss | None = None, **options: Any
+    ) -> dict[str, Any]:
+        if unknown := [name for name in options if name not in known and not anything]:
+            raise CompressionError(
+                f"{cls.__name__} has no option {unknown[0]!r}.", expected=f"some of {', '.join(known) or 'none'}"
+            )
+        return function(cls, model, sample, loss, **options)
+
+    return checked
 
 
 passes: Registry[type[Pass]] = Registry("compression pass")

@@ -139,7 +139,7 @@ class Cluster(Pass):
     """
 
     @classmethod
-    def settings_for(
+    def settings_for(  # type: ignore[override]
         cls,
         model: nn.Module,
         sample: torch.Tensor,
@@ -148,7 +148,6 @@ class Cluster(Pass):
         clusters: int = 16,
         layers: Sequence[str] = ("*",),
         skip: Sequence[str] = (),
-        **options: Any,
     ) -> dict[str, Any]:
         """One number of values for all layers, or for some.
 
@@ -156,10 +155,6 @@ class Cluster(Pass):
             clusters: values of a layer, 2..256.
             layers, skip: patterns (``*``, ``?``) of the names that are clustered, and of those that stay as they are.
         """
-        if options:
-            raise CompressionError(
-                f"cluster has no option {next(iter(options))!r}.", expected="some of clusters, layers, skip"
-            )
         return {name: _clusters(clusters, name) for name in chosen(model, layers, skip, "cluster")}
 
     def apply(self, model: nn.Module, sample: torch.Tensor, loss: Loss | None = None) -> nn.Module:

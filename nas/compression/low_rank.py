@@ -11,6 +11,7 @@ from torch import nn
 
 from nas.compression.base import Loss, Pass, matching, named_module, passes
 from nas.compression.fold import replace_module
+from nas.compression.groups import evaluating
 from nas.errors import CompressionError
 
 METHODS = ("svd", "tucker")
@@ -52,7 +53,7 @@ class LowRank(Pass):
         return model
 
     @classmethod
-    def settings_for(
+    def settings_for(  # type: ignore[override]
         cls,
         model: nn.Module,
         sample: torch.Tensor,
@@ -64,7 +65,6 @@ class LowRank(Pass):
         round_to: int = 8,
         layers: Sequence[str] = ("*",),
         skip: Sequence[str] = (),
-        **options: Any,
     ) -> dict[str, Any]:
         """Ranks of every layer that takes fewer multiplications split than whole; the others are left out.
 
@@ -78,7 +78,7 @@ class LowRank(Pass):
         Raises:
             CompressionError: an option is unknown or out of range, or a pattern fits no layer.
         """
-        _check_options(ratio, energy, method, round_to, options)
+        _check_options(ratio, energy, method, round_to)
         settings: dict[str, Any] = {}
         sides = _sides(model, sample)
         for name, layer in _chosen(model, layers, skip).items():
@@ -273,23 +273,12 @@ def _sides(model: nn.Module, sample: torch.Tensor) -> dict[str, tuple[int, int]]
 
 
 def _run(model: nn.Module, sample: torch.Tensor) -> None:
-    """One forward of one sample in evaluation mode; every module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(sample[:1])
-    finally:
-        for module in training:
-            module.training = True
+    """One forward of one sample in evaluation mode."""
+    with evaluating(model), torch.no_grad():
+        model(sample[:1])
 
 
-def _check_options(ratio: Any, energy: Any, method: Any, round_to: Any, options: dict[str, Any]) -> None:
-    if options:
-        raise CompressionError(
-            f"low_rank has no option {next(iter(options))!r}.",
-            expected="some of ratio, energy, method, round_to, layers, skip",
-        )
+def _check_options(ratio: Any, energy: Any, method: Any, round_to: Any) -> None:
     for what, share in (("ratio", ratio), ("energy", energy)):
         if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1):
             raise CompressionError(f"low_rank: {what} is {share!r}.", expected="a share above 0 and at most 1")

@@ -40,7 +40,7 @@ class Quantize(Pass):
     """
 
     @classmethod
-    def settings_for(
+    def settings_for(  # type: ignore[override]
         cls,
         model: nn.Module,
         sample: torch.Tensor,
@@ -53,7 +53,6 @@ class Quantize(Pass):
         dynamic: bool = False,
         layers: Sequence[str] = ("*",),
         skip: Sequence[str] = (),
-        **options: Any,
     ) -> dict[str, Any]:
         """One setting for all layers, or for some.
 
@@ -65,11 +64,6 @@ class Quantize(Pass):
             dynamic: input ranges are found while the model runs; takes the linear layers alone.
             layers, skip: patterns (``*``, ``?``) of the names that are quantised, and of those that stay float.
         """
-        if options:
-            raise CompressionError(
-                f"quantize has no option {next(iter(options))!r}.",
-                expected="some of bits, weights, activations, symmetric, dynamic, layers, skip",
-            )
         asked = {
             "weights": bits if weights is None else weights,
             "activations": 8 if activations == "default" else activations,
