@@ -200,3 +200,15 @@ def test_features_and_attention_of_ones_own_model_are_taught() -> None:
     assert set(states[0]) == set(states[1]) == set(states[2])  # what compares the features is not part of the student
     for state in states[1:]:
         assert not torch.equal(state["stem.weight"], states[0]["stem.weight"])
+
+
+def test_a_deep_transformer_is_tabulated() -> None:
+    """Nothing of a stream of floats depends on which of many branches before it are kept."""
+    info = TaskInfo((1, 8, 8), 10, value_range=(0.0, 16.0))
+    torch.manual_seed(0)
+    model = own_models.VisionTransformer()
+    model.layers = nn.ModuleList([own_models.Layer(32, own_models.FusedAttention(32, 4)) for _ in range(16)])
+    space = DerivedSpace(info, model=model)
+    assert sum(choice.name.endswith(".keep") for choice in space.choices) == 32
+    assert max(len(site.values) for site in space.compiled) <= 1_000
+    check_space(space, candidates=2, export=False, info=info)

@@ -41,6 +41,10 @@ class Execution:
         self.chained: set[fx.Node] = set()
         self.ends: set[fx.Node] = set()
         self.by_output = {block.output: block for block in blocks}
+        self.by_shortcut: dict[fx.Node, list[Block]] = {}
+        for block in blocks:
+            self.by_shortcut.setdefault(block.shortcut, []).append(block)
+        self._sources: dict[fx.Node, list[str]] = {}
 
     def repeated(self, path: str) -> bool:
         """Whether a layer is called several times: its copies in the file would each have to be quantised alike."""
@@ -91,10 +95,9 @@ class Execution:
                 found.append(None)
             elif user.op != "call_method" and self.home.get(user) is not home and not self.dropped(c, user):
                 found.append(user)
-        for block in self.blocks:
-            if node in self.chained:
-                break  # whoever reads through a chain reads its end
-            if block.shortcut is node and not self.keeps(c, block) and not self.hidden(c, block):
+        # Whoever reads through a chain reads its end.
+        for block in () if node in self.chained else self.by_shortcut.get(node, ()):
+            if not self.keeps(c, block) and not self.hidden(c, block):
                 found += self.readers(c, block.output)
         return found
 
@@ -131,6 +134,8 @@ class Execution:
         Args:
             asked: by what the genes ask for, and not by what the runtime makes of it.
         """
+        if not self.sources(node):
+            return False  # no convolution's, so nothing has to be read of the candidate
         if node in self.chained:
             return self.asked(c, self.sources(node)[0]) <= 8
         node = self.read(c, node)
@@ -168,6 +173,8 @@ class Execution:
         if getattr(node.target, "_opname", "") != "add" or len(node.all_input_nodes) != 2:
             return False
         inputs = [n for n in node.all_input_nodes if not is_constant(n)]
+        if not any(self.sources(n) for n in inputs):
+            return False
         if any(self.quantized(c, n) for n in inputs):
             return False  # it would have to bring integers into the convolutions' layout first
         last = max((self.read(c, n) for n in inputs), key=self.structure.rank.__getitem__)
@@ -176,19 +183,21 @@ class Execution:
         return isinstance(self.structure.layer(last), nn.Conv2d)
 
     def sources(self, node: fx.Node) -> list[str]:
-        """Convolutions that a value comes from through additions and what integers pass."""
-        layer = self.structure.layer(node)
-        if isinstance(layer, nn.Conv2d):
-            return [str(node.target)]
-        if node.op == "placeholder" or is_constant(node):
-            return []
-        if layer is None and not self.structure.passes_on(node):
-            return []
-        return [path for n in node.all_input_nodes for path in self.sources(n)]
+        """Convolutions that a value comes from through ReLUs, additions and poolings, in the order of the forward."""
+        if node not in self._sources:
+            layer = self.structure.layer(node)
+            if isinstance(layer, nn.Conv2d):
+                found = [str(node.target)]
+            elif isinstance(layer, (*RELUS, *FOLDED)) or self.structure.passes_on(node):
+                found = [path for n in node.all_input_nodes for path in self.sources(n)]
+            else:
+                found = []
+            self._sources[node] = list(dict.fromkeys(found))
+        return self._sources[node]
 
     def may_be_integers(self, node: fx.Node) -> bool:
         """Whether a value is integers for some candidate."""
-        return isinstance(self.structure.layer(node), nn.Conv2d) or bool(self.sources(node))
+        return bool(self.sources(node))
 
     def carries(self, node: fx.Node) -> bool:
         """Whether a value may be integers, by what was computed last for it."""

@@ -122,7 +122,7 @@ def _shape(structure: Clustered, node: fx.Node, single: Sizes) -> Shape:
     """Shape for one sample, without axes of the batch alone."""
     batch = structure.axes.batch
     dims: list[Dim] = structure.axes.of[node]
-    return tuple(dim.sized(dict(single)) for dim in dims if dim.terms != ((batch,),))
+    return tuple(dim.sized(single) for dim in dims if dim.terms != ((batch,),))
 
 
 # ---- what it is called ------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def _text(structure: Clustered, cluster: Cluster, single: Sizes, plan: Plan, bit
         words.append(_word(structure, node, layer, single) + wires)
     rank = plan.get("low_rank", {}).get(cluster.layer)
     if rank is not None:
-        words.append("rank" + "x".join(map(str, rank if isinstance(rank, list | tuple) else [rank])))
+        words.append(f"rank{rank}")
     if bits < 8:
         words.append(f"w{bits}")
     return " ".join(words)
@@ -150,7 +150,7 @@ def _text(structure: Clustered, cluster: Cluster, single: Sizes, plan: Plan, bit
 
 def _word(structure: Clustered, node: fx.Node, layer: nn.Module | None, single: Sizes) -> str:
     if isinstance(layer, nn.Conv2d | nn.Conv1d):
-        out = structure.axes.layers[str(node.target)][1].sized(dict(single))
+        out = structure.axes.layers[str(node.target)][1].sized(single)
         depthwise = layer.groups == layer.in_channels > 1
         kind = "dw" if depthwise else "conv"
         groups = f"g{layer.groups}" if layer.groups > 1 and not depthwise else ""
@@ -159,16 +159,16 @@ def _word(structure: Clustered, node: fx.Node, layer: nn.Module | None, single: 
         padding = layer.padding if isinstance(layer.padding, str) else _numbers(layer.padding)
         return f"{kind}{out}k{_numbers(layer.kernel_size)}{stride}p{padding}{dilation}{groups}"
     if isinstance(layer, nn.Linear):
-        return f"linear{structure.axes.layers[str(node.target)][1].sized(dict(single))}"
+        return f"linear{structure.axes.layers[str(node.target)][1].sized(single)}"
     if isinstance(layer, nn.Embedding):
-        return f"embed{layer.num_embeddings}x{structure.axes.layers[str(node.target)][1].sized(dict(single))}"
+        return f"embed{layer.num_embeddings}x{structure.axes.layers[str(node.target)][1].sized(single)}"
     if layer is not None:
         return type(layer).__name__.lower() + _settings(layer)
     name = str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
     numbers = [n for arg in node.args[1:] for n in _integers(arg)]
     dims = structure.axes.of[node]
     if name in SHAPED:
-        numbers = [d.sized(dict(single)) for d in flat(dims)]
+        numbers = [d.sized(single) for d in flat(dims)]
     return name + ",".join(map(str, numbers))
 
 
@@ -209,9 +209,9 @@ def _counts(structure: Clustered, cluster: Cluster, single: Sizes, plan: Plan) -
 def _layer_counts(structure: Clustered, node: fx.Node, single: Sizes, plan: Plan) -> tuple[int, int] | None:
     layer, path = structure.layer(node), str(node.target)
     if isinstance(layer, nn.Conv2d | nn.Conv1d | nn.Linear):
-        x, out = (dim.sized(dict(single)) for dim in structure.axes.layers[path])
+        x, out = (dim.sized(single) for dim in structure.axes.layers[path])
         has_bias = layer.bias is not None or _is_normalised(structure, node)
-        shape = [dim.sized(dict(single)) for dim in structure.axes.of[node]]
+        shape = [dim.sized(single) for dim in structure.axes.of[node]]
         places = math.prod(shape) // out
         fan_in, taps = (x, 1)
         if not isinstance(layer, nn.Linear):
@@ -221,10 +221,10 @@ def _layer_counts(structure: Clustered, node: fx.Node, single: Sizes, plan: Plan
         weights = out * fan_in * taps if rank is None else rank * (fan_in * taps + out)
         return places * weights, weights + (out if has_bias else 0)
     if isinstance(layer, nn.Embedding):
-        return 0, layer.num_embeddings * structure.axes.layers[path][1].sized(dict(single))
+        return 0, layer.num_embeddings * structure.axes.layers[path][1].sized(single)
     if isinstance(layer, nn.LayerNorm):
         size = (
-            structure.axes.layers[path][0].sized(dict(single))
+            structure.axes.layers[path][0].sized(single)
             if path in structure.axes.layers
             else math.prod(layer.normalized_shape)
         )
@@ -248,7 +248,7 @@ def _operator_counts(structure: Clustered, node: fx.Node, single: Sizes) -> tupl
 
     def size(n: fx.Node, axis: int | None = None) -> int:
         dims = structure.axes.of[n]
-        return math.prod(d.sized(dict(single)) for d in dims) if axis is None else dims[axis].sized(dict(single))
+        return math.prod(d.sized(single) for d in dims) if axis is None else dims[axis].sized(single)
 
     stored = sum(size(n) for n in node.all_input_nodes if is_constant(n))
     if name in ("matmul", "bmm", "mm"):
@@ -295,7 +295,7 @@ def _free_batch(model: onnx.ModelProto, structure: Clustered, cluster: Cluster) 
 
 
 def _sample(structure: Clustered, node: fx.Node, sizes: Sizes, generator: torch.Generator) -> torch.Tensor:
-    shape = [dim.sized(dict(sizes)) for dim in structure.axes.of[node]]
+    shape = [dim.sized(sizes) for dim in structure.axes.of[node]]
     dtype = node.meta["val"].dtype
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator)

@@ -31,7 +31,7 @@ from nas.tracing.importance import importance
 from nas.tracing.shrink import shrunk
 from nas.tracing.structure import Block, Group
 
-MOST = 20_000  # combinations of genes that one site may read
+MOST = 400  # combinations of pruned shares that one part may read
 SEEN = 24  # random candidates that show what a site reads
 TABULATED = 250_000  # combinations that are tabulated within a second
 CHAIN = 2  # residual additions in a row, beyond which their layers share their bits
@@ -170,7 +170,7 @@ class DerivedSpace(SearchSpace):
         values = len(self._values["prune"])
         for cluster in self.structure.clusters:
             own = dict.fromkeys(gene[v] for v in self._variables(cluster) if v in gene)
-            if values ** len(own) > MOST // 50:
+            if values ** len(own) > MOST:
                 first, *others = own
                 gene = {v: first if name in others else name for v, name in gene.items()}
         return gene
@@ -252,7 +252,7 @@ class DerivedSpace(SearchSpace):
     def _fans(self, path: str, sizes: Mapping[Var, int]) -> tuple[int, int]:
         """Weights of one output, and outputs, of a layer."""
         layer = self.structure.modules[path]
-        x, out = (dim.sized(dict(sizes)) for dim in self.axes.layers[path])
+        x, out = (dim.sized(sizes) for dim in self.axes.layers[path])
         if not isinstance(layer, nn.Conv2d):
             return x, out
         depthwise = layer.groups == layer.in_channels > 1
@@ -268,14 +268,18 @@ class DerivedSpace(SearchSpace):
 
     # ---- what it costs -----------------------------------------------------------------------------------
 
+    def _rank(self, c: Candidate, path: str, sizes: Mapping[Var, int]) -> int | None:
+        """Rank of a layer, or nothing where it is whole."""
+        if f"{path}.rank" not in self._run.offered:
+            return None
+        return self._rank_of(path, *self._fans(path, sizes), float(c[f"{path}.rank"]))
+
     def _plan(self, c: Candidate, path: str, sizes: Mapping[Var, int]) -> Plan:
         """Passes and settings of one layer."""
         plan: dict[str, dict[str, Any]] = {}
-        if f"{path}.rank" in self._run.offered:
-            rank = self._rank_of(path, *self._fans(path, sizes), float(c[f"{path}.rank"]))
-            if rank is not None:
-                plan["low_rank"] = {path: rank}
-        bits = self._run.bits(c, path)
+        rank, bits = self._rank(c, path, sizes), self._run.bits(c, path)
+        if rank is not None:
+            plan["low_rank"] = {path: rank}
         if bits <= 8:
             plan["quantize"] = {path: bits}
         return plan
@@ -286,7 +290,8 @@ class DerivedSpace(SearchSpace):
             sites[f"{i}.{cluster.name}"] = partial(self._part, cluster=cluster, variables=self._variables(cluster))
         for node in [self.structure.input, *(n for cluster in self.structure.clusters for n in cluster.outputs)]:
             if any(self._run.may_be_integers(n) for n in (node, *self._readers(node))):
-                sites[f"{node.name}.boundary"] = partial(self._boundary, node=node)
+                variables = _variables(self.axes.of[node])
+                sites[f"{node.name}.boundary"] = partial(self._boundary, node=node, variables=variables)
         return sites
 
     def _part(self, c: Candidate, cluster: Cluster, variables: list[Var]) -> Part | None:
@@ -302,7 +307,7 @@ class DerivedSpace(SearchSpace):
         sizes = self._sizes(c, variables)
         layer = self.structure.modules.get(cluster.layer)
         plan = self._plan(c, cluster.layer, sizes) if cluster.layer else {}
-        bits = min(32, plan.get("quantize", {}).get(cluster.layer, 32))
+        bits = plan.get("quantize", {}).get(cluster.layer, 32)
         if isinstance(layer, nn.Linear):
             precision = "int8" if bits <= 8 else "fp32"
         else:
@@ -313,7 +318,7 @@ class DerivedSpace(SearchSpace):
         """First nodes of other clusters that read a value."""
         return [user for user in node.users if user.op != "output" and user.op != "call_method"]
 
-    def _boundary(self, c: Candidate, node: fx.Node) -> list[Part] | None:
+    def _boundary(self, c: Candidate, node: fx.Node, variables: list[Var]) -> list[Part] | None:
         """Quantisation of a value once, where some reader wants integers; dequantisation for each that does not.
 
         The quantiser lets all readers of a value read what was quantised for one of them.
@@ -323,11 +328,14 @@ class DerivedSpace(SearchSpace):
         own = self._run.integers(c, node)
         readers = self._run.readers(c, node)
         wanted = [self._run.wants_integers(c, user) for user in readers]
-        shape = tuple(dim.sized(self._sizes(c, _variables(self.axes.of[node]))) for dim in self.axes.of[node][1:])
+        if not own and not any(wanted):
+            return None
+        sizes = self._sizes(c, variables)
+        shape = tuple(dim.sized(sizes) for dim in self.axes.of[node][1:])
         parts = []
-        if not own and any(wanted):
+        if not own:
             parts.append(Part((Boundary("quantize"),), shape, "boundary"))
-        if (own or any(wanted)) and wanted.count(False):
+        if wanted.count(False):
             parts.append(Part((Boundary("dequantize"),), shape, "boundary", wanted.count(False)))
         return parts
 
@@ -336,19 +344,26 @@ class DerivedSpace(SearchSpace):
     def _treatments(self) -> dict[str, Treatment]:
         # Their order is that of the passes: layers are split before they are quantised.
         ranks: dict[str, Treatment] = {
-            f"{path}.rank": partial(self._treated, path=path, technique="low_rank") for path in self.layers
+            f"{path}.rank": partial(self._split, path=path, variables=_variables(self.axes.layers[path]))
+            for path in self.layers
         }
         bits: dict[str, Treatment] = {
-            f"{path}.bits": partial(self._treated, path=path, technique="quantize")
+            f"{path}.bits": partial(self._quantized, path=path)
             for path in self.structure.layers if not self._run.repeated(path)
         }
         return {**ranks, **bits, "distillation": partial(members.distilled, offered=set(self._run.offered))}
 
-    def _treated(self, c: Candidate, path: str, technique: str) -> Training | None:
+    def _split(self, c: Candidate, path: str, variables: list[Var]) -> Training | None:
         if self._run.dropped(c, self.structure.calls[path][0]):
             return None
-        plan = self._plan(c, path, self._sizes(c, _variables(self.axes.layers[path])))
-        return Training(compression={technique: plan[technique]}) if technique in plan else None
+        rank = self._rank(c, path, self._sizes(c, variables))
+        return None if rank is None else Training(compression={"low_rank": {path: rank}})
+
+    def _quantized(self, c: Candidate, path: str) -> Training | None:
+        if self._run.dropped(c, self.structure.calls[path][0]):
+            return None
+        bits = self._run.bits(c, path)
+        return Training(compression={"quantize": {path: bits}}) if bits <= 8 else None
 
     def build(self, candidate: Candidate) -> nn.Module:
         # Of a group that lies in branches that are left out, nothing is read: its gene is dormant.

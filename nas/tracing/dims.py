@@ -12,7 +12,7 @@ model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,11 +57,11 @@ class Dim:
         """Every variable in it, as far as it is known."""
         return [f for term in self.terms for f in term if isinstance(f, Var)]
 
-    def sized(self, sizes: dict[Var, int]) -> int:
+    def sized(self, sizes: Mapping[Var, int]) -> int:
         """Its size where the variables have others; resolved axes only."""
         return sum(math.prod(sizes.get(f, f.size) if isinstance(f, Var) else f for f in term) for term in self.terms)
 
-    def kept(self, chosen: dict[Var, torch.Tensor]) -> torch.Tensor:
+    def kept(self, chosen: Mapping[Var, torch.Tensor]) -> torch.Tensor:
         """Which places of the axis are kept, where of a variable the places ``chosen`` are; resolved axes only."""
         start, found = 0, []
         for term in self.terms:

@@ -142,7 +142,7 @@ def _sliced(axes: Axes, name: str, tensor: torch.Tensor, chosen: Chosen) -> torc
     smaller = tensor.detach()
     for use in axes.tensors(name):
         if any(variable in chosen for variable in use.dim.variables):
-            smaller = smaller.index_select(use.axis, use.dim.kept(dict(chosen)))
+            smaller = smaller.index_select(use.axis, use.dim.kept(chosen))
     smaller = smaller.clone()
     return nn.Parameter(smaller, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else smaller
 
