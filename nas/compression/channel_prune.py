@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from nas.compression.groups import Group, Groups, UnprunableError, check_keep, e
 from nas.compression.importance import IMPORTANCES, Evidence, gradients
 from nas.compression.traced import TracedGroups
 from nas.errors import CompressionError
+from nas.tracing.trace import opname
 
 T = TypeVar("T")
 STRENGTH = 1e-3  # of the group lasso
@@ -45,7 +47,7 @@ class ChannelPrune(Pass):
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
-        self._lasso = _Lasso({})
+        self._lasso: _Lasso | None = None
 
     @classmethod
     def settings_for(  # type: ignore[override]
@@ -106,17 +108,17 @@ class ChannelPrune(Pass):
     def penalty(self, model: nn.Module) -> torch.Tensor | None:
         """The group lasso over the groups that ask for it; none on the first call, which waits for the model's next
         input to find the groups with."""
-        asked = {name: _asked(name, setting) for name, setting in self.settings.items()}
-        eased = {
-            name: (setting.keep, setting.strength)
-            for name, setting in asked.items()
-            if setting.importance == "group_lasso"
-        }
-        if not eased:
+        if not self._eased:
             return None
-        if self._lasso.model is not model:
-            self._lasso = _Lasso(eased, model)
+        if self._lasso is None or self._lasso.model is not model:
+            self._lasso = _Lasso(self._eased, model)
         return self._lasso()
+
+    @cached_property
+    def _eased(self) -> dict[str, tuple[int, float]]:
+        """Group that asks for the lasso → channels that it keeps, and λ."""
+        asked = {name: _asked(name, setting) for name, setting in self.settings.items()}
+        return {name: (s.keep, s.strength) for name, s in asked.items() if s.importance == "group_lasso"}
 
     def apply(self, model: nn.Module, sample: torch.Tensor, loss: Loss | None = None) -> nn.Module:
         asked = {name: _asked(name, setting) for name, setting in self.settings.items()}
@@ -182,7 +184,7 @@ def _attends(model: nn.Module) -> bool:
     """Whether attention is seen in a model: torch's own, or a product of two activations in a graph."""
     products = ("scaled_dot_product_attention", "matmul", "bmm")
     if isinstance(model, fx.GraphModule):
-        return any(getattr(node.target, "_opname", "") in products for node in model.graph.nodes)
+        return any(opname(node) in products for node in model.graph.nodes)
     return any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
 
 
@@ -223,12 +225,11 @@ def _check_importance(importance: Any, strength: Any) -> None:
 class _Lasso:
     """The penalty of one model; its groups are found once, with the first input that the model gets from now on."""
 
-    def __init__(self, eased: Mapping[str, tuple[int, float]], model: nn.Module | None = None) -> None:
+    def __init__(self, eased: Mapping[str, tuple[int, float]], model: nn.Module) -> None:
         self.eased, self.model = eased, model
         self.terms: list[tuple[float, Group]] | None = None
         self.seen: torch.Tensor | None = None
-        if model is not None:
-            self.hook = model.register_forward_pre_hook(self._remember)
+        self.hook = model.register_forward_pre_hook(self._remember)
 
     def _remember(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         self.seen = args[0][:TRIAL].detach()
@@ -236,7 +237,7 @@ class _Lasso:
 
     def __call__(self) -> torch.Tensor | None:
         if self.terms is None:
-            if self.seen is None or self.model is None:
+            if self.seen is None:
                 return None
             groups = groups_of(self.model, self.seen, {name: keep for name, (keep, _) in self.eased.items()}, here=True)
             self.terms = [(weight, groups.named(name)) for name, (_, weight) in self.eased.items()]

@@ -17,7 +17,6 @@ from nas.compression.groups import (
     Groups,
     Slices,
     UnprunableError,
-    check_keep,
     evaluating,
     shape_of_output,
     unprunable,
@@ -94,14 +93,8 @@ class DependencyGroups(Groups):
             parameter.requires_grad_(name not in frozen)
         return self.model
 
-    def trial(self, keep: Mapping[str, int], sample: torch.Tensor) -> nn.Module:
-        groups = DependencyGroups(copy.deepcopy(self.model), sample)
-        lost = {}
-        for name, count in keep.items():
-            group = groups.named(name)
-            check_keep(count, group, name)
-            lost[name] = range(count, group.size)
-        return groups.without(lost, sample)
+    def apart(self, sample: torch.Tensor) -> DependencyGroups:
+        return DependencyGroups(copy.deepcopy(self.model), sample)
 
     def _last(self, name: str) -> nn.Module:
         """The layer, or the last of the pieces that an earlier pass made of it, which has its outputs."""

@@ -28,14 +28,12 @@ def fold_batchnorm(model: nn.Module, names: Collection[str] | None = None) -> nn
             continue
         conv, norm = modules[name], modules.get(users[0])
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            training = model.training
-            conv.eval(), norm.eval()
-            fused = fuse_conv_bn_eval(conv, norm)
+            training = conv.training
+            fused = fuse_conv_bn_eval(conv.eval(), norm.eval()).train(training)
             if fused.bias is not None:  # a bias that folding made would be frozen
                 fused.bias.requires_grad_(fused.weight.requires_grad)
             replace_module(model, name, fused)
             replace_module(model, users[0], nn.Identity())
-            model.train(training)
     return model
 
 

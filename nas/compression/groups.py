@@ -126,8 +126,17 @@ class Groups(abc.ABC):
         """
 
     @abc.abstractmethod
+    def apart(self, sample: torch.Tensor) -> Groups:
+        """Groups that may be used up without loss to these."""
+
     def trial(self, keep: Mapping[str, int], sample: torch.Tensor) -> nn.Module:
         """A model as :meth:`without` makes it, with so many channels of the named groups, whichever they are."""
+        groups, lost = self.apart(sample), dict[str, range]()
+        for name, count in keep.items():
+            group = groups.named(name)
+            check_keep(count, group, name)
+            lost[name] = range(count, group.size)
+        return groups.without(lost, sample)
 
 
 class UnprunableError(CompressionError):

@@ -15,6 +15,7 @@ from nas.compression.base import Loss, Pass, passes
 from nas.compression.choose import chosen, plain_layers_of
 from nas.compression.fake_quant import ActivationQuantizer, QuantConv2d, QuantLinear, Setting
 from nas.compression.fold import consumers, fold_batchnorm, replace_module
+from nas.compression.groups import evaluating
 from nas.compression.qdq import layer_nodes, pieces_of, store_weights, take_ranges, to_dynamic, to_integers
 from nas.compression.storage import spell_out
 from nas.errors import CompressionError
@@ -101,14 +102,11 @@ class Quantize(Pass):
     @staticmethod
     def _calibrate(model: nn.Module, sample: torch.Tensor) -> None:
         """First activation ranges from real data; normalisation statistics stay as they are."""
-        training = model.training
-        model.eval()
-        for module in model.modules():
-            if isinstance(module, ActivationQuantizer):
-                module.train()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, ActivationQuantizer):
+                    module.train()
             model(sample)
-        model.train(training)
 
     def restore(self, model: nn.Module) -> nn.Module:
         for name, module in list(model.named_modules()):

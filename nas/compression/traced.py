@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nas.compression.base import layers_of
-from nas.compression.groups import Group, Groups, Slices, check_keep, unprunable
+from nas.compression.groups import Group, Groups, Slices, unprunable
 from nas.errors import CompressionError
 from nas.tracing import Structure, shrunk
 from nas.tracing.dims import Var
@@ -58,13 +58,8 @@ class TracedGroups(Groups):
             chosen.setdefault(variable, kept.nonzero().flatten())
         return with_modes(shrunk(self.structure.axes, chosen), self._given)
 
-    def trial(self, keep: Mapping[str, int], sample: torch.Tensor) -> nn.Module:
-        lost = {}
-        for name, count in keep.items():
-            group = self.named(name)
-            check_keep(count, group, name)
-            lost[name] = range(count, group.size)
-        return self.without(lost, sample)
+    def apart(self, sample: torch.Tensor) -> TracedGroups:
+        return self  # :meth:`without` makes another model
 
     def _variable(self, name: str) -> Var:
         """By the name of a group, of any layer in it, or of one with the role that is meant."""

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from nas.tracing.structure import RELUS, WEIGHTED, Structure
-from nas.tracing.trace import is_constant
+from nas.tracing.trace import is_constant, opname
 
 FOLDED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -80,7 +80,7 @@ class Clustered(Structure):
         """Whether the runtime computes a node in integers where its input is: additions and poolings."""
         if isinstance(self.layer(node), POOLS):
             return True
-        name = getattr(node.target, "_opname", "")
+        name = opname(node)
         if name == "add":
             return len(node.all_input_nodes) == 2
         return name in ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")

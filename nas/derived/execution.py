@@ -13,7 +13,7 @@ from torch import fx, nn
 from nas.derived.clusters import FOLDED, Cluster, Clustered
 from nas.genes import Candidate
 from nas.tracing.structure import RELUS, Block
-from nas.tracing.trace import is_constant
+from nas.tracing.trace import is_constant, opname
 
 FULL = 1.0  # the share of the rank of a layer that stays as it is
 
@@ -170,7 +170,7 @@ class Execution:
     def fused(self, c: Candidate, cluster: Cluster) -> bool:
         """Whether an addition is done by the float convolution before it: the runtime adds while it stores."""
         node = cluster.nodes[0]
-        if getattr(node.target, "_opname", "") != "add" or len(node.all_input_nodes) != 2:
+        if opname(node) != "add" or len(node.all_input_nodes) != 2:
             return False
         inputs = [n for n in node.all_input_nodes if not is_constant(n)]
         if not any(self.sources(n) for n in inputs):

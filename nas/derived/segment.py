@@ -26,8 +26,9 @@ from nas.parts import Part, Shape
 from nas.student.export import export_fixed
 from nas.tracing.axes import flat
 from nas.tracing.dims import Dim, Var
+from nas.tracing.layers import is_depthwise
 from nas.tracing.shrink import shrunk
-from nas.tracing.trace import is_constant
+from nas.tracing.trace import is_constant, opname
 
 Sizes = Mapping[Var, int]
 ACTIVATION_SCALE = 6.0 / 255
@@ -151,7 +152,7 @@ def _text(structure: Clustered, cluster: Cluster, single: Sizes, plan: Plan, bit
 def _word(structure: Clustered, node: fx.Node, layer: nn.Module | None, single: Sizes) -> str:
     if isinstance(layer, nn.Conv2d | nn.Conv1d):
         out = structure.axes.layers[str(node.target)][1].sized(single)
-        depthwise = layer.groups == layer.in_channels > 1
+        depthwise = is_depthwise(layer)
         kind = "dw" if depthwise else "conv"
         groups = f"g{layer.groups}" if layer.groups > 1 and not depthwise else ""
         dilation = f"d{_numbers(layer.dilation)}" if max(layer.dilation) > 1 else ""
@@ -164,7 +165,7 @@ def _word(structure: Clustered, node: fx.Node, layer: nn.Module | None, single: 
         return f"embed{layer.num_embeddings}x{structure.axes.layers[str(node.target)][1].sized(single)}"
     if layer is not None:
         return type(layer).__name__.lower() + _settings(layer)
-    name = str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
+    name = opname(node) or getattr(node.target, "__name__", str(node.target))
     numbers = [n for arg in node.args[1:] for n in _integers(arg)]
     dims = structure.axes.of[node]
     if name in SHAPED:
@@ -216,7 +217,7 @@ def _layer_counts(structure: Clustered, node: fx.Node, single: Sizes, plan: Plan
         fan_in, taps = (x, 1)
         if not isinstance(layer, nn.Linear):
             taps = math.prod(layer.kernel_size)
-            fan_in = 1 if layer.groups == layer.in_channels > 1 else x // layer.groups
+            fan_in = 1 if is_depthwise(layer) else x // layer.groups
         rank = plan.get("low_rank", {}).get(path)
         weights = out * fan_in * taps if rank is None else rank * (fan_in * taps + out)
         return places * weights, weights + (out if has_bias else 0)
@@ -244,7 +245,7 @@ def _is_normalised(structure: Clustered, node: fx.Node) -> bool:
 
 
 def _operator_counts(structure: Clustered, node: fx.Node, single: Sizes) -> tuple[int, int]:
-    name = getattr(node.target, "_opname", "")
+    name = opname(node)
 
     def size(n: fx.Node, axis: int | None = None) -> int:
         dims = structure.axes.of[n]

@@ -28,6 +28,7 @@ from nas.student.own import built, with_weights
 from nas.tracing.axes import flat
 from nas.tracing.dims import Dim, Var
 from nas.tracing.importance import importance
+from nas.tracing.layers import is_depthwise
 from nas.tracing.shrink import shrunk
 from nas.tracing.structure import Block, Group
 
@@ -255,7 +256,7 @@ class DerivedSpace(SearchSpace):
         x, out = (dim.sized(sizes) for dim in self.axes.layers[path])
         if not isinstance(layer, nn.Conv2d):
             return x, out
-        depthwise = layer.groups == layer.in_channels > 1
+        depthwise = is_depthwise(layer)
         return (1 if depthwise else x // layer.groups) * math.prod(layer.kernel_size), out
 
     def _rank_of(self, path: str, fan_in: int, out: int, share: float) -> int | None:

@@ -15,7 +15,7 @@ from nas.tracing.axes import Axes, Use, as_is, flat
 from nas.tracing.dims import Dim, Var, constant, resolve, tie
 from nas.tracing.layers import layer_axes
 from nas.tracing.operators import HANDLERS
-from nas.tracing.trace import shape_of
+from nas.tracing.trace import opname, shape_of
 
 
 def axes(model: fx.GraphModule) -> Axes:
@@ -47,7 +47,7 @@ def _visit(found: Axes, node: fx.Node, modules: dict[str, nn.Module]) -> None:
     elif node.op == "call_method" and node.target == "size":
         return
     else:
-        name = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
+        name = opname(node) or getattr(node.target, "__name__", str(node.target))
         inputs = [found.of[n] for n in node.all_input_nodes if n in found.of]
         if not inputs or not _is_tensor(node):
             if _is_tensor(node):

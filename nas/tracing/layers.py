@@ -17,6 +17,11 @@ ELEMENTWISE: tuple[type[nn.Module], ...] = (
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
+def is_depthwise(layer: nn.Conv1d | nn.Conv2d) -> bool:
+    """Whether every channel has outputs of its own."""
+    return layer.groups == layer.in_channels > 1
+
+
 def layer_axes(found: Axes, node: fx.Node, path: str, layer: nn.Module, x: list[Dim]) -> list[Dim]:
     """Axes of a layer's output, by those of its input ``x``; what it has of parameters is noted."""
     if isinstance(layer, ELEMENTWISE):
@@ -69,7 +74,7 @@ def _conv(found: Axes, node: fx.Node, path: str, layer: nn.Conv1d | nn.Conv2d, x
     sides = [constant(size) for size in shape_of(node)[2:]]
     if layer.groups == 1:
         return [x[0], _weighted(found, path, layer, x[1], layer.out_channels), *sides]
-    if layer.groups == layer.in_channels:  # depthwise: every channel has outputs of its own
+    if is_depthwise(layer):
         each = layer.out_channels // layer.in_channels
         inner = resolve(x[1])
         out = inner

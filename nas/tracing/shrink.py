@@ -15,7 +15,8 @@ from torch import fx, nn
 
 from nas.tracing.axes import Axes
 from nas.tracing.dims import Dim, Var
-from nas.tracing.trace import is_reshape
+from nas.tracing.layers import is_depthwise
+from nas.tracing.trace import is_reshape, opname
 
 Chosen = Mapping[Var, torch.Tensor]
 
@@ -91,7 +92,7 @@ def _needed(outputs: Sequence[fx.Node], inputs: Sequence[fx.Node], instead: Mapp
 
 def _resize(new: fx.Node, node: fx.Node, axes: Axes, sizes: dict[Var, int]) -> None:
     """Sizes that the forward names become those of the smaller model."""
-    name = getattr(node.target, "_opname", node.target)
+    name = opname(node)
     args: list[Any] = list(new.args)
     given: Any = node.args
     if is_reshape(node):
@@ -151,7 +152,7 @@ def _describe(layer: nn.Module) -> None:
     """What a layer says of its own size."""
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         each = layer.out_channels // layer.in_channels
-        depthwise = layer.groups == layer.in_channels > 1
+        depthwise = is_depthwise(layer)
         layer.out_channels = layer.weight.shape[0]
         if depthwise:
             layer.groups = layer.in_channels = layer.out_channels // each

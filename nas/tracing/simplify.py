@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from nas.tracing.trace import BATCH, is_reshape, mark_constants, shape_of
+from nas.tracing.trace import BATCH, is_reshape, mark_constants, opname, shape_of
 
 aten: Any = torch.ops.aten
 BROADCAST = ("add", "sub", "mul", "div", "where", "bitwise_and", "bitwise_or", "__and__", "__or__", "logical_and")
@@ -21,14 +21,14 @@ def simplify(module: fx.GraphModule) -> None:
     """Leave out of a traced graph, in place, what the result does not need; the result is the same for all inputs."""
     graph = module.graph
     for node in list(graph.nodes):
-        if _name(node) == "_assert_tensor_metadata":
+        if opname(node) == "_assert_tensor_metadata":
             graph.erase_node(node)
             continue
         same = _same(node)
         if same is not None:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
-        elif _name(node) == "index":
+        elif opname(node) == "index":
             _looked_up(graph, node)
     graph.eliminate_dead_code()
     mark_constants(graph)
@@ -43,10 +43,6 @@ def simplify(module: fx.GraphModule) -> None:
     graph.eliminate_dead_code()
 
 
-def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "_opname", node.target if node.op == "call_method" else ""))
-
-
 def _tensor(node: Any) -> torch.Tensor | None:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
@@ -54,7 +50,7 @@ def _tensor(node: Any) -> torch.Tensor | None:
 
 def _same(node: fx.Node) -> fx.Node | None:
     """The input whose value a node hands on as it is, or nothing."""
-    name, args = _name(node), node.args
+    name, args = opname(node), node.args
     if name in ("cat", "concat"):
         given: Any = args[0]
         full = [n for n in given if shape_of(n) != (0,)]  # a cache that is empty yet
@@ -173,8 +169,8 @@ def _one_row(graph: fx.Graph, node: fx.Node, layers: dict[str, nn.Module]) -> No
     if not _broadcasts(node, layers):
         return
     with graph.inserting_before(node):
-        if _name(node) in ("zeros_like", "ones_like"):
-            make = aten.zeros.default if _name(node) == "zeros_like" else aten.ones.default
+        if opname(node) in ("zeros_like", "ones_like"):
+            make = aten.zeros.default if opname(node) == "zeros_like" else aten.ones.default
             new = graph.call_function(make, ([1, *shape_of(node)[1:]],), {"dtype": own.dtype})
         elif node.op == "call_method" and node.target == "expand" and _is_row(given[0]):
             new = graph.call_method("expand", (given[0], 1, *given[2:]))
@@ -196,10 +192,10 @@ def _broadcasts(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
     rank = len(shape_of(node))
     for user in node.users:
         others = [n for n in user.all_input_nodes if n is not node and _tensor(n) is not None]
-        if any(_is_batch(n) and len(shape_of(n)) == rank for n in others) and _name(user) in BROADCAST:
+        if any(_is_batch(n) and len(shape_of(n)) == rank for n in others) and opname(user) in BROADCAST:
             continue
         looked_up = user.op == "call_module" and isinstance(layers[str(user.target)], nn.Embedding)
-        alone = _name(user) in BROADCAST and not any(_is_batch(n) for n in others) and len(shape_of(user)) == rank
+        alone = opname(user) in BROADCAST and not any(_is_batch(n) for n in others) and len(shape_of(user)) == rank
         if not (looked_up or alone) or not _broadcasts(user, layers):
             return False
     return bool(node.users)
@@ -207,7 +203,7 @@ def _broadcasts(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
 
 def _is_batch(node: fx.Node) -> bool:
     """Whether a value has samples, and is not the same for all of them."""
-    return shape_of(node)[:1] == (BATCH,) and _name(node) not in ("zeros_like", "ones_like", "expand")
+    return shape_of(node)[:1] == (BATCH,) and opname(node) not in ("zeros_like", "ones_like", "expand")
 
 
 def _cut(node: fx.Node) -> None:

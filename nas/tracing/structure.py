@@ -15,7 +15,7 @@ from torch import fx, nn
 from nas.tracing.axes import Axes
 from nas.tracing.dims import Var
 from nas.tracing.follow import axes
-from nas.tracing.trace import FUNCTIONAL, is_constant, shape_of, trace
+from nas.tracing.trace import FUNCTIONAL, is_constant, opname, shape_of, trace
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.Embedding)
 RELUS = (nn.ReLU, nn.ReLU6)
@@ -99,7 +99,7 @@ class Structure:
     def _blocks(self) -> list[Block]:
         found: list[Block] = []
         for node in self.nodes:
-            if getattr(node.target, "_opname", "") != "add" or len(node.all_input_nodes) != 2:
+            if opname(node) != "add" or len(node.all_input_nodes) != 2:
                 continue
             a, b = node.all_input_nodes
             for shortcut, end in ((a, b), (b, a)):

@@ -20,14 +20,18 @@ from torch import fx, nn
 
 from nas.errors import CompressionError
 
-#: Layers that stay layers. Of any other module the operators are taken.
-LAYERS: tuple[type[nn.Module], ...] = (
-    nn.Conv1d, nn.Conv2d, nn.Linear, nn.Embedding,
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm,
-    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity,
-    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU,
-    nn.Softmax, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Flatten,
-)  # fmt: skip
+#: Layers that stay layers, and the operator that is each one's whole forward. Of any other module the operators are
+#: taken.
+OPERATORS: dict[type[nn.Module], str] = {
+    nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Linear: "linear", nn.Embedding: "embedding",
+    nn.BatchNorm1d: "batch_norm", nn.BatchNorm2d: "batch_norm", nn.LayerNorm: "layer_norm", nn.GroupNorm: "group_norm",
+    nn.Dropout: "dropout", nn.Dropout1d: "feature_dropout", nn.Dropout2d: "feature_dropout",
+    nn.ReLU: "relu", nn.ReLU6: "hardtanh", nn.GELU: "gelu", nn.SiLU: "silu", nn.Hardswish: "hardswish",
+    nn.Hardsigmoid: "hardsigmoid", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.LeakyReLU: "leaky_relu", nn.ELU: "elu",
+    nn.Softmax: "softmax", nn.AdaptiveAvgPool2d: "adaptive_avg_pool2d", nn.AvgPool2d: "avg_pool2d",
+    nn.MaxPool2d: "max_pool2d", nn.Flatten: "flatten",
+}  # fmt: skip
+LAYERS = tuple(OPERATORS)
 BATCH = 3  # samples of the example that is traced: at least two, or the batch would be taken for a constant
 FUNCTIONAL = "functional"  # where layers live that the forward calls as functions
 
@@ -56,7 +60,7 @@ def trace(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
     fixed = _fixed_batch(graph_module)
     if fixed is not None:
         raise CompressionError(
-            f"The model's forward works for one size of batch only: {fixed} gives {BATCH} rows whatever comes in.",
+            f"The model's forward works for one size of batch only: {fixed} has {BATCH} rows whatever comes in.",
             expected="a forward that takes its batch size from its input, as in x.shape[0]",
         )
     _functional(graph_module.graph)
@@ -113,13 +117,18 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(number(size) for size in node.meta["val"].shape)
 
 
+def opname(node: fx.Node) -> str:
+    """Name of the torch operator or method that a node calls; "" where it calls a layer or a function of Python's."""
+    return str(getattr(node.target, "_opname", node.target if node.op == "call_method" else ""))
+
+
 def number(size: Any) -> int:
     """A size of the traced example, the batch's too."""
     return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _fixed_batch(module: fx.GraphModule) -> str | None:
-    """The first operator whose result no longer has a free batch although its inputs have; nothing where none."""
+    """Name of the model's result where that has one size of batch; nothing where it is free."""
     output = next(node for node in module.graph.nodes if node.op == "output")
     value = output.args[0][0].meta.get("val") if isinstance(output.args[0], tuple | list) else None
     if value is not None and value.ndim and isinstance(value.shape[0], int):
@@ -130,7 +139,7 @@ def _fixed_batch(module: fx.GraphModule) -> str | None:
 def _functional(graph: fx.Graph) -> None:
     """Operators that write into their input become those that do not: every node is a value of its own."""
     for node in graph.nodes:
-        name = getattr(node.target, "_opname", "")
+        name = opname(node)
         if node.op == "call_function" and name.endswith("_") and not name.startswith("_"):
             packet = getattr(aten, name[:-1])
             node.target = getattr(packet, node.target._overloadname)
@@ -181,28 +190,16 @@ def _layer(node: fx.Node, parts: dict[str, Any]) -> tuple[str, fx.Node] | None:
         return None
     path = re.sub(r"@\d+$", "", list(stack.values())[-1][0])
     layer = parts.get(path)
-    if layer is None or OPERATORS.get(type(layer)) != getattr(node.target, "_opname", ""):
+    if layer is None or OPERATORS.get(type(layer)) != opname(node):
         return None
     # An embedding's operator takes its weight first.
     x = node.args[1] if isinstance(layer, nn.Embedding) else node.args[0]
     return (path, x) if isinstance(x, fx.Node) else None
 
 
-#: The operator that is a layer's whole forward.
-OPERATORS: dict[type[nn.Module], str] = {
-    nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Linear: "linear", nn.Embedding: "embedding",
-    nn.BatchNorm1d: "batch_norm", nn.BatchNorm2d: "batch_norm", nn.LayerNorm: "layer_norm", nn.GroupNorm: "group_norm",
-    nn.Dropout: "dropout", nn.Dropout1d: "feature_dropout", nn.Dropout2d: "feature_dropout",
-    nn.ReLU: "relu", nn.ReLU6: "hardtanh", nn.GELU: "gelu", nn.SiLU: "silu", nn.Hardswish: "hardswish",
-    nn.Hardsigmoid: "hardsigmoid", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.LeakyReLU: "leaky_relu", nn.ELU: "elu",
-    nn.Softmax: "softmax", nn.AdaptiveAvgPool2d: "adaptive_avg_pool2d", nn.AvgPool2d: "avg_pool2d",
-    nn.MaxPool2d: "max_pool2d", nn.Flatten: "flatten",
-}  # fmt: skip
-
-
 def _functional_layer(node: fx.Node, module: fx.GraphModule, parts: dict[str, Any]) -> tuple[str, Any] | None:
     """A layer for an operator that was called as a function, where passes want one: ReLUs and matrix products."""
-    name = getattr(node.target, "_opname", "")
+    name = opname(node)
     make: Callable[[], nn.Module] | None = None
     if name == "relu":
         make = nn.ReLU
@@ -262,12 +259,12 @@ def _free_batch(graph: fx.Graph) -> None:
             node.args = (node.args[0], sizes)
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
-        if node.op != "call_function" or getattr(node.target, "_opname", "") != "sym_size":
+        if node.op != "call_function" or opname(node) != "sym_size":
             continue
         for user in list(node.users):
-            if getattr(user.target, "_opname", "") == "expand":
+            if opname(user) == "expand":
                 user.op, user.target, user.args = "call_method", "expand", (user.args[0], *user.args[1])
-            elif getattr(user.target, "_opname", "") == "arange":
+            elif opname(user) == "arange":
                 kwargs = {name: value for name, value in user.kwargs.items() if name == "dtype"}
                 user.target, user.kwargs = torch.arange, kwargs
         if not node.users:
@@ -301,7 +298,7 @@ def is_constant(node: fx.Node) -> bool:
 
 def is_reshape(node: fx.Node) -> bool:
     """Whether a node gives its input another shape, named in full."""
-    return node.op == "call_function" and getattr(node.target, "_opname", "") in RESHAPES
+    return node.op == "call_function" and opname(node) in RESHAPES
 
 
 RESHAPES = ("reshape", "view", "_unsafe_view")
