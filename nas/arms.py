@@ -26,7 +26,7 @@ from nas.study import Study, Trial, trainings
 if TYPE_CHECKING:
     from nas.job import Job
 
-LATENCY = "latency_ms"
+RANDOM_SEED = 10_000  # added to the seed of the random baseline, so that it draws other candidates
 
 
 def search_arm(
@@ -51,7 +51,7 @@ def search_arm(
     controller = SearchController(
         space=job.space,
         strategy=job.strategy(
-            kind, settings, e.seed if arm == "search" else e.seed + 10_000, objective(estimator, limits, reward),
+            kind, settings, e.seed if arm == "search" else e.seed + RANDOM_SEED, objective(estimator, limits, reward),
             masks,
         ),
         estimator=estimator,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,8 +53,8 @@ def synthesise(options: argparse.Namespace) -> Answer:
     from nas import datafree
     from nas.evaluators.train import predict
     from nas.experiment import apply_overrides
-    from nas.files import write_atomic
     from nas.student.own import built, with_weights
+    from nas.student.package import write_samples
 
     info, settings = _info(options), dict[str, Any]()
     apply_overrides(settings, options.settings)
@@ -78,9 +77,7 @@ def synthesise(options: argparse.Namespace) -> Answer:
             expected="every class at least once",
             remedy="more images, more --rounds, or --set balance=10",
         )
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, x=x.numpy(), y=y)
-    write_atomic(options.out, buffer.getvalue())
+    write_samples(options.out, x, torch.from_numpy(y))
     sure = torch.from_numpy(logits).softmax(dim=1).amax(dim=1).mean().item()
     return Answer(
         [

@@ -90,7 +90,8 @@ def export(
                 _pack(run, name, source, making, progress)
         progress.stage("formats")
         x = _inputs(run, making)
-        found = {kind: add_format(kind, making, x) for kind in kinds}
+        wanted = onnx_logits(making / "model.onnx", torch.from_numpy(x))
+        found = {kind: add_format(kind, making, x, wanted) for kind in kinds}
         if out.exists():
             out.rmdir()  # an empty one
         making.rename(out)
@@ -164,13 +165,7 @@ def _pack(run: Path, name: str, source: Path, out: Path, progress: Progress) -> 
 def _entrant(job: Job, name: str) -> Entrant:
     """The candidate with its genome, and its costs as the run's tables predict them."""
     arm, index = _parsed(name)
-    quality = None
-    if arm == "uniform":
-        members = job.space.uniform()
-        if not 0 <= index < len(members):
-            raise StudyError(f"There is no candidate {name!r}.", expected=f"uniform-0 to uniform-{len(members) - 1}")
-        genome = tuple(int(g) for g in job.space.encode(members[index]))
-    else:
+    if arm != "uniform":
         trials = {trial.index: trial for trial, _ in read_trials(*recorded_in(job.experiment, job.run, arm))}
         if index not in trials:
             raise StudyError(
@@ -178,16 +173,19 @@ def _entrant(job: Job, name: str) -> Entrant:
                 expected=f"one of {', '.join(map(str, sorted(trials)))}",
                 remedy="nas export RUN --list shows the front",
             )  # fmt: skip
-        genome = trials[index].genome
-        quality = trials[index].quality if trials[index].status == "complete" else None
+        trial = trials[index]
+        return Entrant(arm, index, trial.genome, trial.quality if trial.status == "complete" else None, trial.costs)
+    members = job.space.uniform()
+    if not 0 <= index < len(members):
+        raise StudyError(f"There is no candidate {name!r}.", expected=f"uniform-0 to uniform-{len(members) - 1}")
     table = LatencyTable.load(job.run / "table.json")
     runtimes = {
         runtime: LatencyTable.load(job.run / f"table-{device.name}.json")
         for runtime, device in job.alternatives.items()
     }
-    estimator = job.estimator(table, runtimes)
-    costs = estimator.price(np.array([genome]))[0].tolist()
-    return Entrant(arm, index, genome, quality, dict(zip(estimator.costs, costs, strict=True)))
+    estimator, genome = job.estimator(table, runtimes), job.space.encode(members[index])
+    costs = estimator.price(genome[None])[0].tolist()
+    return Entrant(arm, index, tuple(int(g) for g in genome), None, dict(zip(estimator.costs, costs, strict=True)))
 
 
 def _parsed(name: str) -> tuple[str, int]:
@@ -216,11 +214,10 @@ def _test_quality(job: Job, finalist: Finalist) -> dict[str, Any]:
     """On the run's own test file."""
     with np.load(job.run / "test.npz", allow_pickle=False) as file:
         x, y = torch.from_numpy(file["x"]), file["y"]
-    metric = job.task.metric
     in_torch, in_onnx = predict(load_model(job.untaught, finalist), x), onnx_logits(finalist.folder / "model.onnx", x)
     return {
-        "student_torch": job.task.evaluate(in_torch, y)[metric],
-        "student_onnx": job.task.evaluate(in_onnx, y)[metric],
+        "student_torch": job.task.quality(in_torch, y),
+        "student_onnx": job.task.quality(in_onnx, y),
         "n": len(y),
     }
 

@@ -27,7 +27,6 @@ from nas.student.finalists import Finalist, Session
 from nas.student.package import load_model, model_facts, pack_finalist, write_samples
 from nas.student.teacher import Teacher, onnx_logits
 from nas.study import Trial, trainings
-from nas.tasks import Task
 
 if TYPE_CHECKING:
     from nas.job import Job, Outcome
@@ -52,7 +51,7 @@ def deliver(
     write_samples(job.run / "test.npz", x, y)
     quality = _test_qualities(job, outcome, x, y.numpy())
     model = load_model(student, outcome.winner)
-    quality["student_torch"] = _quality(job.task, predict(model, x), y.numpy())
+    quality["student_torch"] = job.task.quality(predict(model, x), y.numpy())
     rows = _rows(job, teacher, outcome, quality)
     manifest = _manifest(job, teacher, table, outcome, quality, rows, len(y))
     folder = job.run / "student"
@@ -60,10 +59,6 @@ def deliver(
     write_json(job.run / "summary.json", _summary(job, table, limits, reward, outcome, rows))
     write_report(job.run)
     return folder
-
-
-def _quality(task: Task, logits: Any, y: Any) -> float:
-    return task.evaluate(logits, y)[task.metric]
 
 
 def _champions(outcome: Outcome) -> dict[str, Finalist]:
@@ -76,9 +71,9 @@ def _champions(outcome: Outcome) -> dict[str, Finalist]:
 
 
 def _test_qualities(job: Job, outcome: Outcome, x: torch.Tensor, y: Any) -> dict[str, float]:
-    found = {"teacher": _quality(job.task, onnx_logits(job.run / "teacher.onnx", x), y)}
+    found = {"teacher": job.task.quality(onnx_logits(job.run / "teacher.onnx", x), y)}
     for arm, finalist in _champions(outcome).items():
-        found[arm] = _quality(job.task, onnx_logits(finalist.folder / "model.onnx", x), y)
+        found[arm] = job.task.quality(onnx_logits(finalist.folder / "model.onnx", x), y)
     return found
 
 

@@ -244,7 +244,7 @@ class _Run:
         x, y = job.task.split("test")
 
         def quality(model: Path) -> float:
-            return job.task.evaluate(onnx_logits(model, x), y.numpy())[job.task.metric]
+            return job.task.quality(onnx_logits(model, x), y.numpy())
 
         write_json(place / TEST, {"teacher": quality(place / "teacher.onnx"), "n": len(y)})
         for folder in todo:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nas.ablation.phases import Phase, budgets, can_go_on, phases_of, plain_genome, share, teaching_columns
-from nas.arms import recorded_in, uniform_within, warm_starts
+from nas.arms import RANDOM_SEED, recorded_in, uniform_within, warm_starts
 from nas.controller import Budget, SearchController, best, objective
 from nas.errors import BudgetError, SpaceError
 from nas.evaluators.base import Evaluation
@@ -26,7 +26,6 @@ from nas.reward import Limit, Reward, violation
 from nas.space import Genomes, Value
 from nas.study import Study, Trial
 
-RANDOM_SEED = 10_000  # added to the seed, as for the random baseline of a run
 COUNTABLE = 20_000  # genomes of a space that is looked through for how many candidates there are
 SOME = 1e-9  # seconds: where phases before took everything, a phase still trains one candidate
 

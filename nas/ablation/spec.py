@@ -20,7 +20,8 @@ class Ablation:
 
     Attributes:
         experiment: its latency budget is replaced by the targets.
-        seeds: each has its own data split, teacher and searches.
+        seeds: each has its own searches, and its own data split and teacher, unless the teacher is a given model: what
+            that was trained on must not become test data, so there is one split then.
         targets: shares of the teacher's measured p50 (``"50%"``), or milliseconds.
         arms: some of :data:`nas.ablation.ARMS`.
         seconds: training seconds of an arm for a seed and target; None: what ``search.trials`` trainings take the joint
@@ -35,8 +36,11 @@ class Ablation:
 
     def at(self, seed: int, target: float | str) -> Experiment:
         """The experiment of one seed with one latency for its budget."""
-        budget = self.experiment.budget.model_copy(update={"latency": target})
-        return self.experiment.model_copy(update={"seed": seed, "budget": budget, "baselines": ()})
+        e = self.experiment
+        budget, task = e.budget.model_copy(update={"latency": target}), e.task
+        if e.teacher.model is not None and "seed" not in task.settings:
+            task = task.model_copy(update={"seed": e.seed})
+        return e.model_copy(update={"seed": seed, "budget": budget, "task": task, "baselines": ()})
 
     def plain(self) -> dict[str, Any]:
         """JSON-able form, as it is written to the folder."""

@@ -30,7 +30,6 @@ NOTES = ("$schema", "$id", "$defs", "title", "description")
 
 
 @cache
-@cache
 def table_schema() -> dict[str, Any]:
     """The published schema of table files."""
     schema: dict[str, Any] = json.loads(FILE.read_text())

@@ -226,10 +226,6 @@ class Pipeline:
         facts = exported_facts(model, plan, self.task, self.stage_folder(i))
         return {"quality": facts.pop("quality_torch"), **facts}
 
-    def quality(self, logits: Any, y: torch.Tensor) -> float:
-        """The task's metric."""
-        return self.task.evaluate(logits, y.numpy())[self.task.metric]
-
     # ---- the result -----------------------------------------------------------------------------
 
     def deliver(self) -> Path:
@@ -244,9 +240,9 @@ class Pipeline:
         write_samples(self.folder / "test.npz", x, y)
         quality = {
             "metric": self.task.metric,
-            "teacher": self.quality(onnx_logits(models[self.stages[0]], x), y),
-            "student_torch": self.quality(predict(model, x), y),
-            "student_onnx": self.quality(onnx_logits(models[self.stages[last]], x), y),
+            "teacher": self.task.quality(onnx_logits(models[self.stages[0]], x), y.numpy()),
+            "student_torch": self.task.quality(predict(model, x), y.numpy()),
+            "student_onnx": self.task.quality(onnx_logits(models[self.stages[last]], x), y.numpy()),
             "split": "test",
             "n": len(y),
         }

@@ -24,7 +24,8 @@ from nas.parts import OPSET, resize_scales
 
 INPUT, OUTPUT = "input", "logits"
 AGREE = 1e-2  # of the largest output: what two runtimes may differ by
-WEIGHTED = ("Conv", "Gemm", "MatMul", "MatMulInteger", "LayerNormalization", "Add")
+MULTIPLYING = ("Conv", "Gemm", "MatMul", "MatMulInteger")
+WEIGHTED = (*MULTIPLYING, "LayerNormalization", "Add")
 
 
 def deployable(model: nn.Module, plan: Plan) -> nn.Module:
@@ -350,7 +351,7 @@ def onnx_macs_params(model: onnx.ModelProto) -> tuple[int, int]:
     for value in (*single.graph.input, *single.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     shapes = _shapes(single)
-    counted = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    counted = [node for node in model.graph.node if node.op_type in MULTIPLYING]
     names = {name for node in counted for name in (node.input[1], node.output[0])}
     if unknown := [name for name in names - {t.name for t in model.graph.initializer} if not _whole(shapes.get(name))]:
         # Shapes that are computed are known once the model has run.

@@ -154,8 +154,8 @@ def exported_facts(model: nn.Module, plan: Plan, task: Task, folder: Path) -> di
     in_torch, in_onnx = predict(model, x), onnx_logits(folder / "model.onnx", x)
     macs, params = onnx_macs_params(exported)
     return {
-        "quality_torch": task.evaluate(in_torch, y.numpy())[task.metric],
-        "quality_onnx": task.evaluate(in_onnx, y.numpy())[task.metric],
+        "quality_torch": task.quality(in_torch, y.numpy()),
+        "quality_onnx": task.quality(in_onnx, y.numpy()),
         "max_abs_diff": float(np.abs(in_torch - in_onnx).max()),
         "agreement": float((in_torch.argmax(1) == in_onnx.argmax(1)).mean()),
         "size_bytes": (folder / "model.onnx").stat().st_size,

@@ -54,4 +54,4 @@ def valid_quality(module: nn.Module, task: Task) -> float:
         raise DataError(f"The model fails on inputs {tuple(x.shape)}: {error}.", expected="raw task inputs") from error
     if logits.shape != (len(x), task.info.classes):
         raise DataError(f"The model's output has shape {logits.shape}.", expected=f"{(len(x), task.info.classes)}")
-    return task.evaluate(logits, y.numpy())[task.metric]
+    return task.quality(logits, y.numpy())

@@ -97,7 +97,7 @@ def train_member(student: Distil, item: tuple[Genomes, Recipe, Path]) -> float:
         module = plain.fit(genome, recipe)
     save_file({k: v.contiguous() for k, v in module.state_dict().items()}, path)
     x, y = student.task.split("valid")
-    return student.task.evaluate(predict(module, x), y.numpy())[student.task.metric]
+    return student.task.quality(predict(module, x), y.numpy())
 
 
 class _Plain:

@@ -64,6 +64,10 @@ class Task(abc.ABC):
     def evaluate(self, logits: npt.NDArray[Any], y: npt.NDArray[Any]) -> dict[str, float]:
         """Every metric of ``logits [n, classes]`` against ``y [n]``, :attr:`metric` among them."""
 
+    def quality(self, logits: npt.NDArray[Any], y: npt.NDArray[Any]) -> float:
+        """The metric that counts, of :meth:`evaluate`."""
+        return self.evaluate(logits, y)[self.metric]
+
     def distillation_loss(
         self, logits: Tensor, teacher_logits: Tensor, y: Tensor, weight: float, temperature: float
     ) -> Tensor:
