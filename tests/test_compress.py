@@ -122,7 +122,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user stands in that folder."""
+    """The user stands in that folder, and nothing of the same names was imported before."""
+    for name in ("my_models", "my_pass"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.chdir(place)
     monkeypatch.syspath_prepend(place)
 
@@ -293,7 +295,9 @@ def test_options_become_settings_by_layer_and_a_penalty_has_its_epochs(tmp_path:
 def test_distillation_comes_from_the_original_model(tmp_path: Path) -> None:
     """With the teacher's word alone, labels that are wrong do no harm."""
     task = tasks.get("classification")("digits", limit=600)
-    task.split("train")[1][:] = torch.randint(0, 10, task.split("train")[1].shape)  # in place: the task is this test's
+    task.split("train")[1][:] = torch.randint(
+        0, 10, task.split("train")[1].shape, generator=torch.Generator().manual_seed(0)
+    )  # in place: the task is this test's
     found = {}
     for weight in (0.0, 1.0):
         tuning = Tuning(epochs=4, kd_weight=weight, lr=3e-3)
@@ -315,7 +319,7 @@ def test_an_untrained_model_is_compressed_and_its_quality_said(tmp_path: Path) -
     (first, second) = read_record(tmp_path / "run")["rows"]
     assert first["quality"] < 0.5
     assert second["quality_applied"] == second["quality"], "nothing was trained"
-    assert "QLinearConv" in student.manifest["onnx"]["operators"] or "QuantizeLinear" in json.dumps(student.manifest)
+    assert student.manifest["onnx"]["operators"]["QuantizeLinear"] > 0
 
 
 # ---- what is asked for --------------------------------------------------------------------------------

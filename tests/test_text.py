@@ -318,7 +318,8 @@ def test_dropped_tokens_are_unknown_and_padding_stays(task: TextClassification, 
 def test_random_samples_are_of_the_tasks_kind(task: TextClassification) -> None:
     x = task.info.random(200, seed=4)
     assert (x.dtype, x.shape) == (torch.int64, (200, LENGTH))
-    assert (int(x.min()), int(x.max())) == (0, VOCABULARY - 1) or int(x.max()) < VOCABULARY
+    assert int(x.min()) >= 0
+    assert int(x.max()) < VOCABULARY
     assert len(x.unique()) > VOCABULARY / 2
     torch.testing.assert_close(x, task.info.random(200, seed=4))
     images = TaskInfo((3, 4, 4), 2, value_range=(-2.0, 6.0)).random(50)
