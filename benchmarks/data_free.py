@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from own_model import Block
 from torch import Tensor, nn
 
 from nas.datafree import Recipe, distil_without_data
@@ -28,25 +29,6 @@ from nas.space import TaskInfo
 from nas.tasks import ImageClassification, Task
 
 SOURCES = {"GAN": "gan", "VAE": "vae", "noise": "noise", "real": "data"}
-
-
-class Block(nn.Module):
-    """Two 3×3 convolutions and a shortcut (He et al. 2016)."""
-
-    def __init__(self, cin: int, cout: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU(),
-            nn.Conv2d(cout, cout, 3, 1, 1, bias=False), nn.BatchNorm2d(cout),
-        )  # fmt: skip
-        self.short = (
-            nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
-            if (cin, stride) != (cout, 1)
-            else nn.Identity()
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.short(x))
 
 
 class ResidualNet(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,21 +104,16 @@ def read_images(path: Path) -> Tensor:
     Raises:
         DataError: the file cannot be read, or holds no such array.
     """
-    import numpy as np
     import torch
 
     from nas.tasks.checks import as_float32, as_images
+    from nas.tasks.readers import npz_arrays
 
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            name = next((name for name in ("x", "x_train") if name in file.files), None)
-            if name is None:
-                raise DataError(
-                    f"{path} holds {', '.join(file.files) or 'nothing'}.", expected="images as x or x_train"
-                )
-            x = file[name]
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path}: cannot be read as an .npz file of plain arrays: {error}.", expected="a file of numpy.savez"
-        ) from error
+    def images(found: list[str]) -> list[str]:
+        names: list[str] = [name for name in ("x", "x_train") if name in found]
+        if not names:
+            raise DataError(f"{path} holds {', '.join(found) or 'nothing'}.", expected="images as x or x_train")
+        return names[:1]
+
+    (x,) = npz_arrays(str(path), images, "images as x or x_train").values()
     return torch.from_numpy(as_float32(as_images(x, str(path)), str(path)))

@@ -1,4 +1,7 @@
-"""Writing files so that a kill at any moment leaves the old one or the new one, never half of one."""
+"""Writing files so that a kill at any moment leaves the old one or the new one, never half of one.
+
+This file travels to devices in a bundle (:mod:`nas.latency.bundle`): it needs the standard library only.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any
-
-from nas.errors import StudyError
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -57,22 +58,3 @@ def read_sealed(path: Path) -> Any:
     if content["sha256"] != digest({key: value for key, value in content.items() if key != "sha256"}):
         raise ValueError("it does not match its own sha256")
     return content
-
-
-def read_versioned(path: Path, version: int, what: str, command: str) -> dict[str, Any]:
-    """The content of a JSON result of ours that says its ``schema_version``.
-
-    Args:
-        what: of which it is the result, for messages.
-        command: that writes it.
-
-    Raises:
-        StudyError: there is none, or it is of another version.
-    """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"No readable {what} at {path}: {error}.", remedy=f"run `{command}` first") from error
-    if not isinstance(result, dict) or result.get("schema_version") != version:
-        raise StudyError(f"{path} is no {what} of schema version {version}.", remedy=f"run `{command}` again")
-    return result

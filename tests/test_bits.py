@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from nas.compression import Cluster, Quantize, WeightPrune, apply_passes, restore
 from nas.compression.cluster import ClusterConv2d, ClusterLinear, cluster_values
-from nas.compression.fake_quant import QuantConv2d, QuantLinear, Setting, fake_quantize_weight
+from nas.compression.fake_quant import QuantConv2d, QuantLinear, Setting, fake_quantize_weight, weight_grid
 from nas.compression.fold import fold_batchnorm
 from nas.compression.storage import Affine, Codebook, Decode, Signed, decoded, spell_out, store_codes
 from nas.errors import CompressionError
@@ -269,7 +269,8 @@ def test_the_exported_weight_is_on_the_trained_grid(
     model, exported = tuned(trained, plan, digits, epochs=1)
     for name in LAYERS:
         layer: Any = model.get_submodule(name)
-        wanted = fake_quantize_weight(layer.weight, layer.setting, training=False).detach().numpy()
+        grid = weight_grid(layer.weight, layer.setting)
+        wanted = fake_quantize_weight(layer.weight, grid, training=False).detach().numpy()
         quantized = spell_out(exported, [f"{name}.weight_quantized"], onnx.TensorProto.INT8)
         tensors = {t.name: numpy_helper.to_array(t) for t in quantized.graph.initializer}
         reader = next(n for n in quantized.graph.node if f"{name}.weight_quantized" in n.input)

@@ -11,7 +11,8 @@ from typing import Any
 
 from nas.ablation.spec import CONTEST, TEST, Ablation, contest_folder, label, seed_folder
 from nas.ablation.stats import paired
-from nas.files import read_versioned, write_json
+from nas.files import write_json
+from nas.versioned import read_versioned
 
 SCHEMA_VERSION = 1
 RESULT = "ablation.json"

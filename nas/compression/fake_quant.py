@@ -117,9 +117,8 @@ def weight_codes(weight: torch.Tensor, grid: WeightGrid) -> torch.Tensor:
     return torch.clamp(torch.round(weight / scale) + zero, grid.low, grid.high)
 
 
-def fake_quantize_weight(weight: torch.Tensor, setting: Setting, training: bool) -> torch.Tensor:
+def fake_quantize_weight(weight: torch.Tensor, grid: WeightGrid, training: bool) -> torch.Tensor:
     """``weight [out, ...]`` rounded to its grid."""
-    grid = weight_grid(weight, setting)
     if training:
         zero = grid.zero.to(torch.int32)
         return torch.fake_quantize_per_channel_affine(weight, grid.scale, zero, 0, grid.low, grid.high)
@@ -196,8 +195,9 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.input_quantizer(x)  # before the bias, whose grid follows from this range
-        weight = fake_quantize_weight(self.weight, self.setting, self.training)
-        return self.output_quantizer(self._conv_forward(x, weight, fake_quantize_bias(self)))
+        grid = weight_grid(self.weight, self.setting)
+        weight = fake_quantize_weight(self.weight, grid, self.training)
+        return self.output_quantizer(self._conv_forward(x, weight, fake_quantize_bias(self, grid)))
 
     def plain(self) -> nn.Conv2d:
         """The float convolution with the trained weights, see :func:`_release`."""
@@ -218,8 +218,9 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.input_quantizer(x)  # before the bias, whose grid follows from this range
-        weight = fake_quantize_weight(self.weight, self.setting, self.training)
-        return nn.functional.linear(x, weight, fake_quantize_bias(self))
+        grid = weight_grid(self.weight, self.setting)
+        weight = fake_quantize_weight(self.weight, grid, self.training)
+        return nn.functional.linear(x, weight, fake_quantize_bias(self, grid))
 
     def plain(self) -> nn.Linear:
         """The float layer with the trained weights, see :func:`_release`."""
@@ -228,7 +229,7 @@ class QuantLinear(nn.Linear):
         return linear
 
 
-def fake_quantize_bias(layer: QuantConv2d | QuantLinear) -> torch.Tensor | None:
+def fake_quantize_bias(layer: QuantConv2d | QuantLinear, grid: WeightGrid) -> torch.Tensor | None:
     """The bias ``[out]`` rounded to the steps of the integer sum, scale of the input times scale of the weights.
 
     With 8 bits on both sides these steps are too small to matter, and the bias stays as it is.
@@ -237,7 +238,7 @@ def fake_quantize_bias(layer: QuantConv2d | QuantLinear) -> torch.Tensor | None:
     if bias is None or layer.setting == Setting() or not isinstance(quantizer, ActivationQuantizer):
         return bias
     with torch.no_grad():
-        step = weight_grid(layer.weight, layer.setting).scale * (quantizer.high - quantizer.low) / quantizer.levels
+        step = grid.scale * (quantizer.high - quantizer.low) / quantizer.levels
         error = torch.round(bias / step) * step - bias
     return bias + error
 
@@ -251,11 +252,12 @@ def _release(trained: QuantConv2d | QuantLinear, plain: nn.Conv2d | nn.Linear) -
     """
     plain.bias, plain.weight = trained.bias, trained.weight
     with torch.no_grad():
-        bias = fake_quantize_bias(trained)
+        grid = weight_grid(trained.weight, trained.setting)
+        bias = fake_quantize_bias(trained, grid)
         if bias is not None and bias is not trained.bias:
             plain.bias = nn.Parameter(bias)
         if trained.setting.weights < 8:
-            plain.weight = nn.Parameter(fake_quantize_weight(trained.weight, trained.setting, training=False))
+            plain.weight = nn.Parameter(fake_quantize_weight(trained.weight, grid, training=False))
     vars(plain)[REMARKS] = {
         kind: [float(quantizer.low), float(quantizer.high)]
         for kind in ("input", "output")

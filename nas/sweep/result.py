@@ -8,9 +8,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from nas.files import read_versioned, write_json
+from nas.files import write_json
 from nas.sweep.experiments import ExperimentRunner
 from nas.sweep.record import Entry, Ledger, Record
+from nas.versioned import read_versioned
 
 SCHEMA_VERSION = 1
 RESULT = "sweep.json"

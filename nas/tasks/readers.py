@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,19 @@ def read_digits(data: str, options: ReadOptions) -> RawArrays:
 @sources.register(".npz")
 def read_npz(data: str, options: ReadOptions) -> RawArrays:
     """Arrays of an ``.npz`` file: ``x``/``y`` or ``x_train``/``y_train``, and ``x_test``/``y_test`` where present."""
+    arrays = npz_arrays(data, lambda found: _npz_names(found, data), NPZ_NAMES)
+    train = "_train" if "x_train" in arrays else ""
+    test = (arrays["x_test"], arrays["y_test"]) if "x_test" in arrays else None
+    classes = tuple(str(name) for name in arrays["classes"].ravel()) if "classes" in arrays else None
+    return RawArrays(arrays[f"x{train}"], arrays[f"y{train}"], test, classes)
+
+
+def npz_arrays(data: str, names: Callable[[list[str]], list[str]], expected: str) -> dict[str, Array]:
+    """Those arrays of an ``.npz`` file that ``names`` picks from what is there; nothing else of it is read.
+
+    Raises:
+        DataError: there is no such file, or it is no archive of plain arrays. ``expected`` says what it should hold.
+    """
     path = Path(data).expanduser()
     if not path.is_file():
         raise DataError(
@@ -41,17 +54,13 @@ def read_npz(data: str, options: ReadOptions) -> RawArrays:
     try:
         # numpy leaves a path's file open where the archive is damaged.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in _npz_names(file.files, data)}
+            return {name: file[name] for name in names(file.files)}
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{data}: cannot be read as an .npz file of plain arrays: {error}.",
-            expected=f"an archive that numpy.savez wrote, with {NPZ_NAMES}",
+            expected=f"an archive that numpy.savez wrote, with {expected}",
             remedy="write it again with numpy.savez and no arrays of dtype object",
         ) from error
-    train = "_train" if "x_train" in arrays else ""
-    test = (arrays["x_test"], arrays["y_test"]) if "x_test" in arrays else None
-    classes = tuple(str(name) for name in arrays["classes"].ravel()) if "classes" in arrays else None
-    return RawArrays(arrays[f"x{train}"], arrays[f"y{train}"], test, classes)
 
 
 def _npz_names(found: list[str], data: str) -> list[str]:
