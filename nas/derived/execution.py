@@ -27,6 +27,7 @@ class Execution:
 
     Attributes:
         bits_of: layer → gene of its bits; layers that are not in it stay in fp32.
+        rank_of: layer → gene of its rank; layers that are not in it stay whole.
         offered: names of the choices; a gene that is none of them has one value.
         only: bits of all layers where there is no choice.
         chained: values along many additions, of one shape and precision whichever blocks are kept.
@@ -37,6 +38,7 @@ class Execution:
     def __init__(self, structure: Clustered, blocks: list[Block], only: int) -> None:
         self.structure, self.blocks, self.only = structure, blocks, only
         self.bits_of: dict[str, str] = {}
+        self.rank_of: dict[str, str] = {}
         self.offered: set[str] = set()
         self.chained: set[fx.Node] = set()
         self.ends: set[fx.Node] = set()
@@ -108,6 +110,11 @@ class Execution:
             return 32
         return int(c[gene]) if gene in self.offered else self.only
 
+    def share(self, c: Candidate, path: str) -> float:
+        """Share of the full rank that a layer has, as its gene says."""
+        gene = self.rank_of.get(path)
+        return float(c[gene]) if gene in self.offered else FULL
+
     def bits(self, c: Candidate, path: str) -> int:
         """Bits of a layer, as the runtime executes it.
 
@@ -118,7 +125,7 @@ class Execution:
         node = self.structure.calls[path][0]
         if asked <= 8 or not isinstance(self.structure.layer(node), nn.Conv2d) or self.repeated(path):
             return asked
-        if f"{path}.rank" in self.offered and float(c[f"{path}.rank"]) < FULL:
+        if self.share(c, path) < FULL:
             return asked  # it is two convolutions, of which neither has integers on both sides
         if not self.quantized(c, node.all_input_nodes[0], asked=True):
             return asked

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx
 
+from nas.errors import CompressionError
+from nas.tracing.alternatives import CHOOSE, options_of
 from nas.tracing.axes import Axes, as_is
 from nas.tracing.dims import Dim, constant, reshaped, resolve, tie, unify
 from nas.tracing.trace import number, shape_of
@@ -137,6 +139,21 @@ def _cat(found: Axes, node: fx.Node) -> list[Dim]:
     result = list(shapes[0])
     result[axis] = Dim(tuple(term for dims in shapes for term in resolve(dims[axis]).terms))
     return result
+
+
+@_handles(CHOOSE)
+def _choose(found: Axes, node: fx.Node) -> list[Dim]:
+    shapes: list[list[Dim]] = [found.of[n] for n in options_of(node)]
+    sizes = {shape_of(n) for n in options_of(node)}
+    if len(sizes) > 1:
+        raise CompressionError(
+            f"Alternatives have different shapes: {', '.join(map(str, sorted(sizes)))} ({node.name}).",
+            expected="alternatives that can take each other's place",
+        )
+    for other in shapes[1:]:
+        for a, b in zip(shapes[0], other, strict=True):
+            unify(a, b)
+    return list(shapes[0])
 
 
 @_handles("stack")

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from nas.errors import CompressionError
+from nas.tracing.alternatives import sink
 
 #: Layers that stay layers, and the operator that is each one's whole forward. Of any other module the operators are
 #: taken.
@@ -67,6 +68,7 @@ def trace(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
     rebuilt = _with_layers(graph_module, model)
     _free_batch(rebuilt.graph)
     simplify(rebuilt)
+    sink(rebuilt)
     mark_constants(rebuilt.graph)
     rebuilt.graph.lint()
     rebuilt.recompile()
