@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import fx, nn
 
+from nas.tracing.alternatives import is_choice
 from nas.tracing.structure import RELUS, WEIGHTED, Structure
 from nas.tracing.trace import is_constant, opname
 
@@ -53,7 +54,7 @@ class Clustered(Structure):
         joined: dict[fx.Node, list[fx.Node]] = {}
         groups: list[list[fx.Node]] = []
         for node in self.nodes:
-            if is_constant(node) or _of_sizes(node) or not _has_tensor(node):
+            if is_constant(node) or is_choice(node) or _of_sizes(node) or not _has_tensor(node):
                 continue
             feeds = [n for n in node.all_input_nodes if n in joined]
             home = joined[feeds[0]] if len(feeds) == 1 and self._joins(node, feeds[0], joined[feeds[0]]) else None
