@@ -1,0 +1,178 @@
+"""What is known of a model's values, and channels that go without a change of its outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nas.tracing import Structure
+from nas.tracing.known import Known
+from nas.tracing.removable import BORDER, COMPUTED, MIXED, PATTERN, Removable
+from tests.own_models import MODELS, Residual, made
+
+EVERY = pytest.mark.parametrize("name", MODELS)
+
+
+@torch.no_grad()
+def with_dead_channels(model: nn.Module, classes: int, share: float, same: bool) -> int:
+    """Zero a share of the filters and biases of all layers but the last, the same ones of each or any."""
+    draw, count = torch.Generator().manual_seed(1), 0
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):  # offsets, so that dead channels leave something behind
+            layer.bias.copy_(torch.randn(layer.bias.shape, generator=draw))
+        elif isinstance(layer, nn.Conv2d | nn.Linear) and len(layer.weight) != classes:
+            size = len(layer.weight)
+            lost = torch.arange(size) if same else torch.randperm(size, generator=draw)
+            layer.weight[lost[: int(share * size)]] = 0
+            if layer.bias is not None:
+                layer.bias[lost[: int(share * size)]] = 0
+            count += int(share * size)
+    return count
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@EVERY
+@pytest.mark.parametrize("same", [False, True])
+def test_a_model_without_its_dead_channels_computes_the_same(name: str, same: bool) -> None:
+    model, x, info = made(name)
+    assert with_dead_channels(model, info.classes, 0.4, same)
+    smaller = Removable(Structure(model, x[:2]), x[:1]).without()
+    other = info.random(32, seed=9)
+    with torch.no_grad():
+        for inputs in (x, other, other[:1]):
+            torch.testing.assert_close(smaller(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+    assert _size(smaller) < 0.85 * _size(model)
+
+
+@EVERY
+def test_what_is_known_is_the_same_for_other_inputs(name: str) -> None:
+    model, x, info = made(name)
+    with_dead_channels(model, info.classes, 0.4, True)
+    structure, other = Structure(model, x[:2]), info.random(1, seed=9)
+    here, there = Known(structure, x[:1]), Known(structure, other)
+    checked = 0
+    for node in structure.nodes:
+        known = here.known.get(node)
+        if isinstance(known, torch.Tensor):
+            torch.testing.assert_close(here.values[node][known], there.values[node][known])
+            assert torch.equal(known, there.known[node])
+            checked += int(known.sum())
+    assert checked
+
+
+def test_a_relu_that_happens_to_be_dead_is_not_known() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    with torch.no_grad():
+        model[0].bias[:3] = -100.0  # zero for every input in sight
+    found = Removable(Structure(model, torch.rand(8, 4)), torch.rand(1, 4))
+    assert not found.chosen
+
+
+def test_constants_go_into_the_bias_and_borders_to_one_channel_that_stays() -> None:
+    torch.manual_seed(0)
+    first, norm = nn.Conv2d(1, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+    model = nn.Sequential(
+        first, norm, nn.ReLU(), nn.Conv2d(8, 6, 3, 1, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1),
+        nn.Flatten(), nn.Linear(6 * 64, 3),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        first.weight[:4] = 0
+        norm.bias[:4] = torch.tensor([-1.0, 0.5, 2.0, 1.0])  # the first is zero after the ReLU
+        model[3].weight[:3] = 0
+        model[4].bias[:3] = 1.0  # a convolution of 1 × 1 reads it: nothing is padded
+    structure = Structure(model, torch.rand(2, 1, 8, 8))
+    found = Removable(structure, torch.rand(1, 1, 8, 8))
+    verdicts = {group.name: found.verdicts[group.variable] for group in structure.groups}
+    assert verdicts["0"].reasons == ["", "", BORDER, "", COMPUTED, COMPUTED, COMPUTED, COMPUTED]
+    assert verdicts["3"].reasons == ["", "", "", COMPUTED, COMPUTED, COMPUTED]
+    smaller, x = found.without(), torch.randn(5, 1, 8, 8)
+    assert [smaller.get_submodule(name).weight.shape[0] for name in ("0", "3", "6")] == [5, 3, 6]
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_depthwise_convolution_makes_of_a_constant_stays() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 1), nn.Conv2d(6, 6, 3, 1, 1, groups=6), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(4 * 64, 3)
+    ).eval()
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+        model[1].weight[0] = 0
+    structure = Structure(model, torch.rand(2, 1, 8, 8))
+    found = Removable(structure, torch.rand(1, 1, 8, 8))
+    assert found.verdicts[structure.groups[0].variable].reasons == ["", PATTERN, PATTERN, *[COMPUTED] * 3]
+    x = torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(found.without()(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_nothing_reads_goes_although_it_is_computed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        model[2].weight[:, 2:5] = 0
+    smaller, x = Removable(Structure(model, torch.rand(2, 4)), torch.rand(1, 4)).without(), torch.randn(5, 4)
+    assert smaller.get_submodule("0").weight.shape == (5, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(x), model(x))
+
+
+def test_a_layer_that_is_called_twice_gives_up_only_what_both_calls_can() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.shared = nn.Linear(4, 8), nn.Linear(8, 8)
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.tanh(self.shared(torch.tanh(self.shared(self.first(x))))))
+
+    torch.manual_seed(0)
+    model = Twice().eval()
+    with torch.no_grad():
+        model.first.weight[:4] = 0
+        model.shared.weight[2:6] = 0
+    smaller, x = Removable(Structure(model, torch.rand(2, 4)), torch.rand(1, 4)).without(), torch.randn(5, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(x), model(x))
+
+
+def test_normalised_channels_stay() -> None:
+    model, x, _ = made("vision transformer")
+    with torch.no_grad():
+        model.patch.weight[:4] = 0
+        model.patch.bias[:4] = 0
+    structure = Structure(model, x[:2])
+    found = Removable(structure, x[:1])
+    assert set(found.verdicts[structure.groups[0].variable].reasons) == {MIXED}
+
+
+@pytest.mark.parametrize("align", [4, 16, 64])
+def test_round_numbers_are_kept_and_outputs_too(align: int) -> None:
+    model, x, info = made("residual")
+    with_dead_channels(model, info.classes, 0.4, True)
+    smaller = Removable(Structure(model, x[:2]), x[:1], align).without()
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            left = smaller.get_submodule(name).weight.shape[0]
+            assert left % align == 0 or left == layer.out_channels
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_one_channel_stays_where_all_are_constant() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), Residual(4, 4, 1), nn.Flatten(), nn.Linear(4 * 64, 3)).eval()
+    with torch.no_grad():
+        model[1].conv1.weight.zero_()
+    x = torch.rand(3, 1, 8, 8)
+    smaller = Removable(Structure(model, x), x[:1]).without()
+    assert smaller.get_submodule("1.conv1").weight.shape[0] == 1
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(x), model(x), rtol=1e-5, atol=1e-6)
