@@ -188,7 +188,8 @@ def _constant_shapes(model: onnx.ModelProto, sample: torch.Tensor) -> onnx.Model
     moving = {value.name for value in model.graph.input}
     fixed: list[str] = []
     for node in model.graph.node:
-        if node.op_type not in ("Shape", "Size") and moving.intersection(node.input):
+        stored = node.op_type == "DequantizeLinear"  # a weight in codes, no shape
+        if stored or (node.op_type not in ("Shape", "Size") and moving.intersection(node.input)):
             moving.update(node.output)
         elif node.op_type not in ("Constant", "Identity"):  # Identity: of weights that layers share
             fixed.extend(node.output)
