@@ -21,6 +21,7 @@ from nas.student.export import compact
 Array = npt.NDArray[Any]
 CODES = ".weight_codes"
 PRODUCTS = ("Conv", "Gemm", "MatMul")
+KEEP = "keep"  # the name of a Clip whose highest code is reached
 MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity")  # they only pass values on
 
 
@@ -41,6 +42,8 @@ def finish(model: onnx.ModelProto, layers: Mapping[str, int]) -> tuple[onnx.Mode
         _pull(graph, pair)
     for pair in _pairs(graph):
         _absorb(graph, pair)
+    while any(_merge(graph, pair) for pair in _pairs(graph)):
+        pass
     for weight in weights:
         _feed(graph, weight)
     for pair in _pairs(graph):
@@ -263,6 +266,10 @@ class Pair:
         """The highest code."""
         return 255 if self.clip is None else int(graph.tensors[self.clip.input[2]])
 
+    def low(self, graph: Graph) -> int:
+        """The lowest code."""
+        return 0 if self.clip is None else int(graph.tensors[self.clip.input[1]])
+
     def chain(self) -> list[onnx.NodeProto]:
         """Its nodes in order."""
         return [node for node in (self.quantize, self.clip, self.dequantize) if node is not None]
@@ -336,22 +343,69 @@ def _set_range(graph: Graph, pair: Pair, top: int, keep: bool) -> None:
     """Codes 0..``top`` with zero at 0."""
     zero = graph.store(np.array(0, np.uint8), f"{pair.quantize.output[0]}.z")
     pair.quantize.input[2] = pair.dequantize.input[2] = zero
+    _clip(graph, pair, 0, top)
+    if pair.clip is not None:
+        pair.clip.name = KEEP * keep
+
+
+def _clip(graph: Graph, pair: Pair, low: int, high: int) -> None:
+    """Codes ``low``..``high``."""
     if pair.clip is None:
         pair.clip = helper.make_node("Clip", [pair.quantize.output[0], "", ""], [f"{pair.quantize.output[0]}.c"])
         graph.insert([pair.clip], before=pair.dequantize)
         pair.dequantize.input[0] = pair.clip.output[0]
-    pair.clip.input[1] = graph.store(np.array(0, np.uint8), f"{pair.clip.output[0]}.low")
-    pair.clip.input[2] = graph.store(np.array(top, np.uint8), f"{pair.clip.output[0]}.high")
-    pair.clip.name = "cut" if keep else ""
+    for i, end in enumerate((low, high), 1):
+        pair.clip.input[i] = graph.store(np.array(end, np.uint8), f"{pair.clip.output[0]}.{i}")
+
+
+def _merge(graph: Graph, second: Pair) -> bool:
+    """Two roundings one after the other where the second only renames codes, or cuts some off: the first's codes,
+    the second's scale. What NNI rounds as a result and again as the next layer's input mostly is that."""
+    first = next((pair for pair in _pairs(graph) if pair.dequantize.output[0] == second.quantize.input[0]), None)
+    if first is None or graph.sole(second.quantize.input[0]) is not second.quantize:
+        return False
+    if not (_scalar(graph, first.dequantize) and _scalar(graph, second.quantize)):
+        return False
+    (fine, origin), (scale, zero) = (
+        (graph.tensors[node.input[1]], int(graph.tensors[node.input[2]]))
+        for node in (first.dequantize, second.quantize)
+    )
+    bottom, top = first.low(graph), first.top(graph)
+    values = (np.arange(bottom, top + 1) - origin).astype(np.float32) * fine
+    codes = np.clip(np.round(values / scale).astype(int) + zero, second.low(graph), second.top(graph))
+    low = bottom + int(np.flatnonzero(codes == codes[0])[-1])
+    high = bottom + int(np.flatnonzero(codes == codes[-1])[0])
+    if low > high or not (np.diff(codes[low - bottom : high - bottom + 1]) == 1).all():
+        return False
+    if not low <= origin <= high:
+        return False
+    if (low, high) != (bottom, top):
+        _clip(graph, first, low, high)
+    if first.clip is not None and high < top:
+        first.clip.name = KEEP
+    second.dequantize.input[0], second.dequantize.input[2] = first.dequantize.input[0], first.dequantize.input[2]
+    gone = (first.dequantize, second.quantize, second.clip)
+    graph.nodes = [node for node in graph.nodes if all(node is not other for other in gone)]
+    return True
 
 
 def _bound(graph: Graph, pair: Pair) -> None:
-    """No Clip where the type ends at the highest code, or one later where nothing is known to go that far."""
-    if pair.clip is not None:
+    """No Clip where the type ends at the highest code, or one later where nothing is known to go that far.
+
+    Behind another rounding it stays: onnxruntime would make one approximate rounding of two.
+    """
+    source = graph.maker(pair.quantize.input[0])
+    if source is not None and source.op_type == "DequantizeLinear":
+        if pair.clip is None:
+            _clip(graph, pair, 0, 255)
+    elif pair.clip is not None and not pair.low(graph):
         top = pair.top(graph)
-        if top == 255 or (top == 254 and pair.clip.name != "cut"):
+        if top == 255 or (top == 254 and pair.clip.name != KEEP):
             graph.drop(pair.clip)
-        else:
+            pair.clip = None
+    if pair.clip is not None:
+        pair.clip.name = ""
+        if not pair.low(graph):
             pair.clip.input[1] = ""  # an unsigned code has no lower end to check
 
 

@@ -184,9 +184,13 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module
 
 def wrappers_of(model: Any) -> dict[str, Any]:
     """Layer name → NNI's wrapper of it: those of a quantiser, or those that stand in a wrapped model."""
-    if isinstance(model, nn.Module):
-        return {name: module._modules[WRAPPER] for name, module in model.named_modules() if WRAPPER in module._modules}
-    return dict(getattr(model, "_module_wrappers", {}))
+    found = dict(getattr(model, "_module_wrappers", {}))
+    bound: nn.Module = getattr(model, "bound_model", model)
+    for name, module in bound.named_modules():  # NNI's own order is that of a set
+        wrapper = found.pop(name, None) or module._modules.get(WRAPPER)
+        if wrapper is not None:
+            found[name] = wrapper
+    return found
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -265,7 +269,7 @@ def _grids_of(model: nn.Module, calibration: Calibration) -> dict[str, dict[str,
             remedy="the model whose configuration it is",
         )
     found: dict[str, dict[str, Grid]] = {}
-    for name in [name for name in modules if name in calibration]:  # NNI's order is that of a set
+    for name in [name for name in modules if name in calibration]:
         for target, entry in calibration[name].items():
             value = None if target.startswith("_") else getattr(modules[name], target, None)
             if target.startswith("_") or isinstance(value, torch.Tensor):
