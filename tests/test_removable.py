@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
+
+import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
 
+from nas.student.export import deployable, export_float
 from nas.tracing import Structure
 from nas.tracing.known import Known
-from nas.tracing.removable import BORDER, COMPUTED, MIXED, PATTERN, Removable
+from nas.tracing.removable import ALIGNED, COMPUTED, MIXED, Removable
 from tests.own_models import MODELS, Residual, made
 
 EVERY = pytest.mark.parametrize("name", MODELS)
@@ -73,7 +79,7 @@ def test_a_relu_that_happens_to_be_dead_is_not_known() -> None:
     assert not found.chosen
 
 
-def test_constants_go_into_the_bias_and_borders_to_one_channel_that_stays() -> None:
+def test_constants_go_into_the_bias_and_borders_into_a_small_map() -> None:
     torch.manual_seed(0)
     first, norm = nn.Conv2d(1, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
     model = nn.Sequential(
@@ -88,15 +94,20 @@ def test_constants_go_into_the_bias_and_borders_to_one_channel_that_stays() -> N
     structure = Structure(model, torch.rand(2, 1, 8, 8))
     found = Removable(structure, torch.rand(1, 1, 8, 8))
     verdicts = {group.name: found.verdicts[group.variable] for group in structure.groups}
-    assert verdicts["0"].reasons == ["", "", BORDER, "", COMPUTED, COMPUTED, COMPUTED, COMPUTED]
-    assert verdicts["3"].reasons == ["", "", "", COMPUTED, COMPUTED, COMPUTED]
+    assert verdicts["0"].reasons == [*[""] * 4, *[COMPUTED] * 4]
+    assert verdicts["3"].reasons == [*[""] * 3, *[COMPUTED] * 3]
     smaller, x = found.without(), torch.randn(5, 1, 8, 8)
-    assert [smaller.get_submodule(name).weight.shape[0] for name in ("0", "3", "6")] == [5, 3, 6]
+    assert [smaller.get_submodule(name).weight.shape[0] for name in ("0", "3", "6")] == [4, 3, 6]
+    # Rows and columns at the borders, and one of each in between; nothing but the bias where nothing is padded.
+    assert {name: tuple(buffer.shape) for name, buffer in smaller.get_submodule("maps").named_buffers()} == {
+        "_3_values": (1, 3, 3, 3), "_3_rows": (8, 3), "_3_columns": (3, 8)
+    }  # fmt: skip
+    assert not torch.equal(smaller.get_submodule("6").bias, model[6].bias)
     with torch.no_grad():
         torch.testing.assert_close(smaller(x), model(x), rtol=1e-5, atol=1e-6)
 
 
-def test_what_a_depthwise_convolution_makes_of_a_constant_stays() -> None:
+def test_what_a_depthwise_convolution_makes_of_a_constant_goes_too() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 6, 1), nn.Conv2d(6, 6, 3, 1, 1, groups=6), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(4 * 64, 3)
@@ -106,10 +117,11 @@ def test_what_a_depthwise_convolution_makes_of_a_constant_stays() -> None:
         model[1].weight[0] = 0
     structure = Structure(model, torch.rand(2, 1, 8, 8))
     found = Removable(structure, torch.rand(1, 1, 8, 8))
-    assert found.verdicts[structure.groups[0].variable].reasons == ["", PATTERN, PATTERN, *[COMPUTED] * 3]
-    x = torch.randn(5, 1, 8, 8)
+    assert found.verdicts[structure.groups[0].variable].reasons == [*[""] * 3, *[COMPUTED] * 3]
+    x, smaller = torch.randn(5, 1, 8, 8), found.without()
+    assert smaller.get_submodule("1").groups == 3
     with torch.no_grad():
-        torch.testing.assert_close(found.without()(x), model(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(smaller(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 def test_what_nothing_reads_goes_although_it_is_computed() -> None:
@@ -143,6 +155,24 @@ def test_a_layer_that_is_called_twice_gives_up_only_what_both_calls_can() -> Non
         torch.testing.assert_close(smaller(x), model(x))
 
 
+def test_maps_are_computed_once_and_normalisations_still_fold() -> None:
+    model, x, info = made("inverted")
+    with_dead_channels(model, info.classes, 0.4, False)
+    smaller = Removable(Structure(model, x[:2]), x[:1]).without()
+    assert list(smaller.get_submodule("maps").buffers())
+    exported = export_float(deployable(smaller, {}), x[:1])
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = f"{folder}/optimised.onnx"
+        session = ort.InferenceSession(exported.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        optimised = onnx.load(options.optimized_model_filepath)
+    assert "MatMul" not in {node.op_type for node in optimised.graph.node}
+    assert "BatchNormalization" not in {node.op_type for node in optimised.graph.node}
+    with torch.no_grad():
+        np.testing.assert_allclose(session.run(None, {"input": x.numpy()})[0], model(x).numpy(), rtol=1e-3, atol=1e-4)
+
+
 def test_normalised_channels_stay() -> None:
     model, x, _ = made("vision transformer")
     with torch.no_grad():
@@ -157,7 +187,9 @@ def test_normalised_channels_stay() -> None:
 def test_round_numbers_are_kept_and_outputs_too(align: int) -> None:
     model, x, info = made("residual")
     with_dead_channels(model, info.classes, 0.4, True)
-    smaller = Removable(Structure(model, x[:2]), x[:1], align).without()
+    found = Removable(Structure(model, x[:2]), x[:1], align)
+    assert any(ALIGNED in verdict.reasons for verdict in found.verdicts.values())
+    smaller = found.without()
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d):
             left = smaller.get_submodule(name).weight.shape[0]

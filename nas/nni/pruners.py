@@ -6,7 +6,7 @@
     smaller = nas.nni.speedup(model, example, masks)
 
 In the place of ``ModelSpeedup``, which drops whatever is constant as if it were zero. Here what a masked channel leaves
-behind, such as the offset of the batch normalisation after it, is moved into the layers that read it.
+behind, such as the offset of the batch normalisation after it, is added where it was read.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def shrink(
 
     Args:
         model: one tensor in, one out, in training or evaluation mode; unwrapped or still wrapped by the pruner. It
-            stays as it is. The result, on the CPU, computes what it computes in evaluation mode.
+            stays as it is. The result, on the CPU, computes what it computes in evaluation mode, for inputs of the
+            example's size.
         example: raw inputs ``[n, *input_shape]``, n ≥ 1.
         masks: layer → ``weight`` and ``bias`` → ones and zeros, as NNI gives them; or a file (:func:`load_masks`).
         conflicts: of layers whose channels are added to each other, or are one, and whose masks differ. ``keep``: a

@@ -1,60 +1,37 @@
 """Channels, units and heads that go without a change of what a model computes, and the model without them.
 
 A channel whose value is the same whatever comes in is not computed but known. What the layers that read it make of it
-goes into their bias. A convolution that pads with zeros makes of a constant something else at the borders: there, one
-of the constant channels stays and stands for the others, whose weights are added to its own in the ratio of their
-constants.
+goes into their bias; where that differs from position to position, as it does at the borders of a convolution that pads
+with zeros, it is a constant map that is added to what the layer gives.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from nas.tracing.axes import Use, flat
 from nas.tracing.dims import Dim, Var
 from nas.tracing.known import Known
-from nas.tracing.layers import is_depthwise
+from nas.tracing.layers import NORMS, is_depthwise
 from nas.tracing.shrink import shrunk
 from nas.tracing.structure import Structure
 from nas.tracing.trace import is_constant, opname
 
-NOTHING, CONSTANT, PADDED, VARIES = range(4)  # what a reader gets of a place; PADDED: a constant, and zeros around it
-SAME = 1e-5  # relative spread of what counts as one constant
-WEAK = 1e-3  # of the largest constant: smaller ones stand for no others
+aten: Any = torch.ops.aten
+
+SAME = 1e-5  # relative spread of what counts as one value
+MAPS = "maps"  # where added constants live
 
 COMPUTED = "others in its group compute it"
 MIXED = "a normalisation or attention takes all of its group together"
-BORDER = "stands for the constants of others at the borders"
-PATTERN = "what it leaves differs from place to place"
 ALIGNED = "kept for a round number"
 LAST = "the last of its group"
-
-
-@dataclass
-class Reading:
-    """What a layer reads at every place of its input axis.
-
-    Attributes:
-        dim: the axis.
-        state: of each place, :data:`NOTHING` to :data:`VARIES`.
-        value: the constant, where there is one.
-        known: whether the value is the same for all inputs, constant over positions or not.
-    """
-
-    dim: Dim
-    state: torch.Tensor
-    value: torch.Tensor
-    known: torch.Tensor
-
-    def at(self, variable: Var) -> torch.Tensor:
-        """Places of the axis that belong to each place of a variable, ``[variable.size, k]``."""
-        place = self.dim.place(variable)
-        return torch.stack([(place == p).nonzero().flatten() for p in range(variable.size)])
 
 
 @dataclass
@@ -64,12 +41,10 @@ class Verdict:
     Attributes:
         removed: ``[size]``.
         reasons: of each place why it stays; "" where it goes.
-        carrier: the place that stands for others, or nothing.
     """
 
     removed: torch.Tensor
     reasons: list[str]
-    carrier: int | None = None
 
 
 @dataclass
@@ -77,7 +52,7 @@ class Removable:
     """What of a traced model can go.
 
     Args:
-        structure: of the model, whose weights :meth:`without` changes.
+        structure: of the model; :meth:`without` changes its layers and its graph, and is called once.
         sample: a raw input, ``[1, *input_shape]``.
         align: channels are left in multiples of this, as far as there are as many; 1 for as few as there can be.
     """
@@ -99,112 +74,29 @@ class Removable:
         """Variable → places that stay, of those that lose some."""
         return {v: (~found.removed).nonzero().flatten() for v, found in self.verdicts.items() if found.removed.any()}
 
+    @torch.no_grad()
     def without(self) -> fx.GraphModule:
-        """The smaller model; it computes what the model did."""
-        with torch.no_grad():
-            for path, reading in self._readings.items():
-                self._fold(path, reading)
+        """The smaller model; it computes what the model did, for inputs of the sample's size."""
+        self.structure.model.add_module(MAPS, nn.Module())
+        readers = {path: nodes for path, nodes in self.structure.calls.items() if _reads(self.structure.modules[path])}
+        left = {path: [self._left(path, node) for node in nodes] for path, nodes in readers.items()}
+        for path, nodes in readers.items():  # once nothing looks at the graph as it was any more
+            self._fold(path, nodes, left[path])
         return shrunk(self.structure.axes, self.chosen)
-
-    # ---- what is read ----------------------------------------------------------------------------
-
-    @cached_property
-    def _readings(self) -> dict[str, Reading]:
-        return {
-            path: reduce(_merged, [self._reading(path, self.structure.modules[path], node) for node in nodes])
-            for path, nodes in self.structure.calls.items()
-            if _reads(self.structure.modules[path])
-        }
-
-    def _reading(self, path: str, layer: Any, node: fx.Node) -> Reading:
-        x, axis = node.all_input_nodes[0], -1 if isinstance(layer, nn.Linear) else 1
-        value, known = (t.movedim(axis, 0).flatten(1) for t in (self._known.values[x], self._known.known[x]))
-        known, mean = known.all(dim=1), value.mean(dim=1)
-        even = known & (value.amax(dim=1) - value.amin(dim=1) <= SAME * mean.abs())
-        state = torch.where(even, PADDED if _pads(layer) else CONSTANT, VARIES)
-        unread = (layer.weight.movedim(1, 0).flatten(1) == 0).all(dim=1)
-        state[unread | (known & (value == 0).all(dim=1))] = NOTHING
-        return Reading(self.structure.axes.layers[path][0], state, mean, known)
-
-    def _state(self, variable: Var) -> tuple[torch.Tensor, torch.Tensor]:
-        """What of each place the model needs, and where that is known although it differs from place to place."""
-        state = torch.full((variable.size,), NOTHING)
-        known = torch.ones(variable.size, dtype=torch.bool)
-        for node in self.structure.nodes:
-            for x in node.all_input_nodes:
-                of = self.structure.axes.of
-                if x in of and node in of and variable in _variables(of[x]):
-                    own, sure = self._needed(node, x, variable)
-                    state, known = torch.maximum(state, own), known & (sure | (own < VARIES))
-        return state, known
-
-    def _needed(self, node: fx.Node, x: fx.Node, variable: Var) -> tuple[torch.Tensor, torch.Tensor]:
-        path, of = str(node.target), self.structure.axes.of
-        everything = torch.full((variable.size,), VARIES)
-        nothing, unsure = torch.full((variable.size,), NOTHING), torch.zeros(variable.size, dtype=torch.bool)
-        if node.op == "call_module" and path in self._readings and variable in self._readings[path].dim.variables:
-            reading = self._readings[path]
-            at = reading.at(variable)
-            return (everything, unsure) if is_constant(node) else (
-                reading.state[at].amax(dim=1), reading.known[at].all(dim=1)
-            )  # fmt: skip
-        if (summed := self._summed(node, variable)) is not None:
-            zero = torch.stack([self._zero(n, axis, variable) for n, axis in summed]).any(dim=0)
-            return torch.where(zero, NOTHING, VARIES), unsure
-        several = isinstance(of[x][0], list)  # of which one is taken
-        goes_on = several or _count(of[x], variable) <= _count(of[node], variable)
-        return (nothing if goes_on else everything), unsure
-
-    def _summed(self, node: fx.Node, variable: Var) -> list[tuple[fx.Node, int]] | None:
-        """Factors and the axis of each that an operator multiplies and sums up over, where the variable is in it."""
-        of: Any = self.structure.axes.of
-        given: Any = node.args
-        if opname(node) in ("matmul", "bmm", "mm") and variable in (of[given[0]][-1].variables):
-            return [(given[0], -1), (given[1], -2)]
-        if opname(node) == "sum" and _count(of[given[0]], variable) == 1 and not _count(of[node], variable):
-            return [(given[0], next(i for i, dim in enumerate(of[given[0]]) if variable in dim.variables))]
-        return None
-
-    def _zero(self, node: fx.Node, axis: int, variable: Var) -> torch.Tensor:
-        """Places of a variable on an axis at which a value is zero whatever comes in."""
-        zero = self._known.zero(node).movedim(axis, 0).flatten(1).all(dim=1)
-        place = self.structure.axes.of[node][axis].place(variable)
-        return torch.stack([zero[place == p].all() for p in range(variable.size)])
 
     # ---- what goes -------------------------------------------------------------------------------
 
     def _judge(self, variable: Var) -> Verdict:
         if is_mixed(self.structure, variable):
             return Verdict(torch.zeros(variable.size, dtype=torch.bool), [MIXED] * variable.size)
-        state, known = self._state(variable)
-        removed = state <= CONSTANT
-        reasons = ["" if r else PATTERN if k else COMPUTED for r, k in zip(removed, known, strict=True)]
-        carrier = None
-        if (state == PADDED).any():
-            carrier, carried = self._carrier(variable, state == PADDED)
-            removed |= carried
-            reasons = ["" if r else reason for r, reason in zip(removed, reasons, strict=True)]
-            if carrier is not None:
-                reasons[carrier] = BORDER
+        removed, of = torch.ones(variable.size, dtype=torch.bool), self.structure.axes.of
+        for node in self.structure.nodes:
+            for x in node.all_input_nodes:
+                if x in of and node in of and variable in _variables(of[x]):
+                    removed &= self._spares(node, x, variable)
+        reasons = ["" if gone else COMPUTED for gone in removed]
         self._keep_some(variable, removed, reasons)
-        return Verdict(removed, reasons, carrier)
-
-    def _carrier(self, variable: Var, padded: torch.Tensor) -> tuple[int | None, torch.Tensor]:
-        """The place that stands for others, and those others."""
-        strength = padded.float()
-        lost = padded.clone()
-        readings = [r for r in self._readings.values() if variable in r.dim.variables]
-        readings = [r for r in readings if (r.state[r.at(variable)][padded] == PADDED).any()]
-        for reading in readings:
-            at = reading.at(variable)
-            bordered = reading.state[at] == PADDED
-            size = torch.where(bordered, reading.value[at].abs(), 0.0)
-            strength = torch.minimum(strength, (size / size.amax()).amin(dim=1))
-        carrier = int(strength.argmax())
-        if strength[carrier] < WEAK:
-            return None, torch.zeros_like(padded)
-        lost[carrier] = False
-        return carrier, lost
+        return Verdict(removed, reasons)
 
     def _keep_some(self, variable: Var, removed: torch.Tensor, reasons: list[str]) -> None:
         """Take back what would leave nothing, or no round number."""
@@ -216,37 +108,117 @@ class Removable:
             removed[place] = False
             reasons[place] = ALIGNED if left else LAST
 
-    def _fold(self, path: str, reading: Reading) -> None:
-        """What a layer makes of the constants that go, into its weights and its bias."""
-        layer: Any = self.structure.modules[path]
-        chosen = {v: places for v, places in self.chosen.items() if v in reading.dim.variables}
-        if not chosen:
-            return
-        gone = torch.ones(reading.dim.size, dtype=torch.bool)
-        gone[reading.dim.kept(chosen)] = False
-        for variable in chosen:
-            verdict = self.verdicts[variable]
-            if verdict.carrier is None:
-                continue
-            at = reading.at(variable)
-            to = at[verdict.carrier]
-            for place in verdict.removed.nonzero().flatten().tolist():
-                for source, target in zip(at[place].tolist(), to.tolist(), strict=True):
-                    if reading.state[source] == PADDED:
-                        ratio = reading.value[source] / reading.value[target]
-                        layer.weight[:, target] += ratio * layer.weight[:, source]
-        constant = gone & (reading.state == CONSTANT)
-        if constant.any():
-            weight = layer.weight[:, constant]
-            self._bias(path, layer).add_(weight.reshape(*weight.shape[:2], -1).sum(dim=2) @ reading.value[constant])
+    def _spares(self, node: fx.Node, x: fx.Node, variable: Var) -> torch.Tensor:
+        """Places of a variable that a node does without, or hands on one by one, ``[size]``."""
+        path, of = str(node.target), self.structure.axes.of
+        layer = self.structure.layer(node)
+        if layer is not None and _reads(layer) and variable in self.structure.axes.layers[path][0].variables:
+            if is_constant(node):
+                return torch.zeros(variable.size, dtype=torch.bool)
+            place = self.structure.axes.layers[path][0].place(variable)
+            return _every(self._folds(layer, x), place, variable.size)
+        if (summed := self._summed(node, variable)) is not None:
+            return torch.stack([self._zero(n, axis, variable) for n, axis in summed]).any(dim=0)
+        several = isinstance(of[x][0], list)  # of which one is taken
+        goes_on = several or _count(of[x], variable) <= _count(of[node], variable)
+        return torch.full((variable.size,), goes_on)
 
-    def _bias(self, path: str, layer: Any) -> torch.Tensor:
+    def _folds(self, layer: Any, x: fx.Node) -> torch.Tensor:
+        """Places of a layer's input axis of which it makes nothing, or what is known."""
+        unread = (layer.weight.movedim(1, 0).flatten(1) == 0).all(dim=1)
+        known = self._known.known[x].movedim(_axis(layer), 0).flatten(1).all(dim=1)
+        batch = self.structure.axes.batch
+        if any(batch in dim.variables and dim.terms != ((batch,),) for dim in self.structure.axes.of[x]):
+            # Samples and positions are one axis, along which a map cannot be added.
+            value = self._known.values[x].movedim(_axis(layer), 0).flatten(1)
+            known = known & (value.amax(dim=1) - value.amin(dim=1) <= SAME * value.abs().amax(dim=1))
+        return unread | known
+
+    def _summed(self, node: fx.Node, variable: Var) -> list[tuple[fx.Node, int]] | None:
+        """Factors and the axis of each that an operator multiplies and sums up over, where the variable is in it."""
+        of: Any = self.structure.axes.of
+        given: Any = node.args
+        if opname(node) in ("matmul", "bmm", "mm") and variable in of[given[0]][-1].variables:
+            return [(given[0], -1), (given[1], -2)]
+        if opname(node) == "sum" and _count(of[given[0]], variable) == 1 and not _count(of[node], variable):
+            return [(given[0], next(i for i, dim in enumerate(of[given[0]]) if variable in dim.variables))]
+        return None
+
+    def _zero(self, node: fx.Node, axis: int, variable: Var) -> torch.Tensor:
+        """Places of a variable on an axis at which a value is zero whatever comes in."""
+        zero = self._known.zero(node).movedim(axis, 0).flatten(1).all(dim=1)
+        return _every(zero, self.structure.axes.of[node][axis].place(variable), variable.size)
+
+    # ---- what it leaves --------------------------------------------------------------------------
+
+    def _left(self, path: str, node: fx.Node) -> torch.Tensor:
+        """What a call of a layer makes of the known values that go, without its bias."""
+        layer: Any = self.structure.modules[path]
+        dim, x, axis = self.structure.axes.layers[path][0], node.all_input_nodes[0], _axis(layer)
+        gone = torch.ones(dim.size, dtype=torch.bool)
+        gone[dim.kept(self.chosen)] = False
+        value, known = self._known.values[x], self._known.known[x]
+        value = torch.where(known & _along(gone, value.ndim, axis), value, 0.0)
+        if isinstance(layer, nn.Linear):
+            return F.linear(value, layer.weight)
+        found: torch.Tensor = layer._conv_forward(value, layer.weight, None)
+        return found
+
+    def _fold(self, path: str, nodes: list[fx.Node], left: list[torch.Tensor]) -> None:
+        """Into a layer's bias, or into maps after it, what it makes of the constants that go."""
+        axis = _axis(self.structure.modules[path])
+        first = left[0].movedim(axis, 0).flatten(1)[:, 0]
+        if not all(_close(made, _along(first, made.ndim, axis)) for made in left):
+            for node, made in zip(nodes, left, strict=True):
+                self._add_map(path, node, made)
+        elif first.any():
+            self._bias(path).add_(first)
+
+    def _bias(self, path: str) -> torch.Tensor:
+        layer: Any = self.structure.modules[path]
         if layer.bias is None:
             size, needed = layer.weight.shape[0], layer.weight.requires_grad
             layer.bias = nn.Parameter(layer.weight.new_zeros(size), requires_grad=needed)
-            self.structure.axes.uses.append(Use(f"{path}.bias", 0, self.structure.axes.layers[path][1]))
+            self.structure.axes.uses.append(Use(f"{path}.bias", 0, self._out(path)))
         bias: torch.Tensor = layer.bias
         return bias
+
+    def _add_map(self, path: str, node: fx.Node, made: torch.Tensor) -> None:
+        """Add a constant to what a call of a layer gives, after the normalisation that is folded into the layer.
+
+        A map of a convolution is a few rows and columns at the borders and the same in between. So few values are
+        stored, and which row and column each position has, as products that a runtime computes once.
+        """
+        norm: Any = self.structure.layer(next(iter(node.users))) if len(node.users) == 1 else None
+        after, axis = node, _axis(self.structure.layer(node))
+        if isinstance(norm, NORMS) and norm.running_var is not None:
+            after = next(iter(node.users))
+            scale = torch.rsqrt(norm.running_var + norm.eps) * (1 if norm.weight is None else norm.weight)
+            made = made * _along(scale, made.ndim, axis)
+        rows = columns = None
+        if made.ndim == 4 and axis == 1:
+            made, rows = _distinct(made, 2)
+            made, columns = _distinct(made, 3)
+        graph, users = self.structure.model.graph, list(after.users)
+        with graph.inserting_after(after):
+            total = graph.call_function(aten.add.Tensor, (after, after))
+        with graph.inserting_before(total):
+            value = self._stored(f"{node.name}_values", made)
+            self.structure.axes.uses.append(Use(str(value.target), axis % made.ndim, self._out(path)))
+            if rows is not None and columns is not None:
+                first, last = self._stored(f"{node.name}_rows", rows), self._stored(f"{node.name}_columns", columns.t())
+                value = graph.call_function(aten.matmul.default, (first, value))
+                value = graph.call_function(aten.matmul.default, (value, last))
+        total.args = (after, value)
+        for user in users:
+            user.replace_input_with(after, total)
+
+    def _out(self, path: str) -> Dim:
+        return self.structure.axes.layers[path][1]
+
+    def _stored(self, name: str, value: torch.Tensor) -> fx.Node:
+        self.structure.model.get_submodule(MAPS).register_buffer(name, value.contiguous())
+        return self.structure.model.graph.get_attr(f"{MAPS}.{name}")
 
 
 def is_mixed(structure: Structure, variable: Var) -> bool:
@@ -276,25 +248,42 @@ def _count(dims: Any, variable: Var) -> int:
     return _variables(dims).count(variable)
 
 
-def _reads(layer: nn.Module) -> bool:
+def _every(found: torch.Tensor, place: torch.Tensor, size: int) -> torch.Tensor:
+    """Of each place of a variable whether it is so at all places of an axis that belong to it, ``[size]``."""
+    return torch.stack([found[place == p].all() for p in range(size)])
+
+
+def _reads(layer: Any) -> bool:
     """Whether a layer sums up over its input channels."""
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         return layer.groups == 1 and not is_depthwise(layer)
     return isinstance(layer, nn.Linear)
 
 
-def _pads(layer: nn.Module) -> bool:
-    """Whether a layer sees zeros around its input."""
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d) or layer.padding_mode != "zeros":
-        return False
-    if isinstance(layer.padding, str):
-        return layer.padding == "same" and max(layer.kernel_size) > 1
-    return max(layer.padding) > 0
+def _axis(layer: Any) -> int:
+    """The axis of channels of what a layer reads and gives."""
+    return -1 if isinstance(layer, nn.Linear) else 1
 
 
-def _merged(a: Reading, b: Reading) -> Reading:
-    """Of two calls of one layer: its weights and its bias are one, so the constants have to be."""
-    state = torch.maximum(a.state, b.state)
-    apart = (a.state != b.state) | ((a.value - b.value).abs() > SAME * a.value.abs())
-    state[apart & (state > NOTHING)] = VARIES
-    return Reading(a.dim, state, a.value, a.known & b.known)
+def _along(values: torch.Tensor, ndim: int, axis: int) -> torch.Tensor:
+    """Values of an axis, for a tensor of so many."""
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.view(shape)
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool(((a - b).abs() <= SAME * a.abs().amax()).all())
+
+
+def _distinct(values: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slices along an axis that differ, and which of them each one is, ``[size, distinct]`` of ones and zeros."""
+    slices: list[torch.Tensor] = []
+    which = []
+    limit = SAME * float(values.abs().amax())
+    for own in values.unbind(axis):
+        same = [i for i, other in enumerate(slices) if float((own - other).abs().amax()) <= limit]
+        which.append(same[0] if same else len(slices))
+        if not same:
+            slices.append(own)
+    return torch.stack(slices, dim=axis), F.one_hot(torch.tensor(which), len(slices)).to(values.dtype)
