@@ -17,10 +17,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from nas.compression import apply_passes
+from nas.compression.traced import TracedGroups
 from nas.errors import CompressionError
 from nas.nni.masks import load_masks, masked
-from nas.nni.pruners import shrink, sparse_plan, speedup, to_onnx
-from nas.student.export import export_float
+from nas.nni.pruners import OUTVOTED, shrink, sparse_plan, speedup, to_onnx
+from nas.student import export
 from tests.own_models import InvertedNet, ResidualNet, VisionTransformer
 
 nni = pytest.importorskip("nni")
@@ -171,7 +172,7 @@ def test_outputs_are_those_of_the_masked_model(
         assert layers[layer].left == found.model.get_submodule(layer).weight.shape[0]
     assert found.difference <= 1e-4 * max(1.0, found.largest)
     if kind in ("Level", "Movement"):
-        dense = len(export_float(found.model, x[:1]).SerializeToString())
+        dense = len(export.export_float(found.model, x[:1]).SerializeToString())
         if kind == "Level":
             assert len(to_onnx(found.model, x[:8]).SerializeToString()) < dense
     elif name == "plain":
@@ -224,6 +225,8 @@ def test_tied_layers_agree_on_what_was_asked(
     for layer in voted.layers:
         assert layer.asked == layer.channels // 2
         assert layer.left == layer.channels - layer.asked
+        assert set(layer.stay) <= {OUTVOTED}
+    assert any(layer.stay for layer in voted.layers)
     assert voted.parameters[1] < kept.parameters[1]
     assert kept.difference <= 1e-4 * kept.largest
     assert voted.difference > 1e-3 * voted.largest, "and the record says so"
@@ -267,6 +270,25 @@ def test_zeros_stay_zeros_through_a_fine_tuning(
     assert not torch.equal(after, before)
     with torch.no_grad():
         np.testing.assert_allclose(run(tuned, x), tuned(x).numpy(), rtol=1e-3, atol=1e-3)
+
+
+# ---- and on ------------------------------------------------------------------------------------------
+
+
+def test_a_smaller_model_is_quantised_and_derived_from(
+    trained: dict[str, nn.Module], digits: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    model, x = copy.deepcopy(trained["residual"]), digits[0][:256]
+    pruner, masks = prune("L1Norm", "residual", model, digits)
+    pruner.unwrap_model()
+    smaller = speedup(model, x, masks, conflicts="vote")
+    assert [group.size for group in TracedGroups(smaller, x[:2]).all()] == [8, 8, 16, 16, 32, 32]
+    plan = {"quantize": {name: 8 for name, layer in smaller.named_modules() if isinstance(layer, nn.Conv2d)}}
+    exported = export.to_onnx(apply_passes(copy.deepcopy(smaller), plan, x), plan, x, x.numpy())
+    session = ort.InferenceSession(exported.SerializeToString(), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        wanted = smaller.eval()(x).numpy()
+    assert np.abs(session.run(None, {"input": x.numpy()})[0] - wanted).max() < 0.1 * np.abs(wanted).max()
 
 
 # ---- files -------------------------------------------------------------------------------------------

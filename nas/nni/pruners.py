@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 KEEP, VOTE = "keep", "vote"
 UNUSED = "the forward does not use it"
+OUTVOTED = "the masks of its group agreed on others"
 UNFOLLOWED = "nothing is known of what its channels are"
 
 
@@ -147,7 +148,7 @@ def shrink(
     smaller = with_modes(found.without(), plain)
     difference, largest = _compared(asked, smaller, example)
     order = sorted(given, key=[*structure.calls, *given].index)
-    layers = tuple(_layer(found, name, plain.get_submodule(name), given[name], smaller) for name in order)
+    layers = tuple(_layer(found, name, plain.get_submodule(name), given[name], agreed[name], smaller) for name in order)
     return Speedup(smaller, layers, agreed, difference, largest, (count, _size(smaller)))
 
 
@@ -199,9 +200,11 @@ def _compared(asked: nn.Module, smaller: nn.Module, example: torch.Tensor) -> tu
 
 
 def _layer(
-    found: Removable, name: str, layer: nn.Module, masks: Mapping[str, torch.Tensor], smaller: fx.GraphModule
-) -> Layer:
-    asked = masked_channels(layer, masks)
+    found: Removable, name: str, layer: nn.Module, given: Mapping[str, torch.Tensor], used: Mapping[str, torch.Tensor],
+    smaller: fx.GraphModule,
+) -> Layer:  # fmt: skip
+    """The record of a layer, by the masks that were given and those that were used."""
+    asked, agreed = masked_channels(layer, given), masked_channels(layer, used)
     axis = channel_axis(layer)
     weight: Any = layer.weight
     asked = torch.zeros(weight.shape[axis], dtype=torch.bool) if asked is None else asked
@@ -222,7 +225,10 @@ def _layer(
         for position, place in enumerate(dim.place(variable).tolist()):
             if place >= 0 and not reasons[position]:
                 reasons[position] = variable.tied if verdict is None else verdict.reasons[place]
-    stay = Counter(reasons[i] or UNFOLLOWED for i in (asked & kept).nonzero().flatten().tolist())
+    outvoted = torch.zeros(size, dtype=torch.bool) if agreed is None else asked & ~agreed
+    stay = Counter(
+        OUTVOTED if outvoted[i] else reasons[i] or UNFOLLOWED for i in (asked & kept).nonzero().flatten().tolist()
+    )
     return Layer(name, size, number, int(kept.sum()), _zeros(now), dict(stay))
 
 
