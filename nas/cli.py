@@ -14,7 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nas import __version__, commands_ablate, commands_compress, commands_synthesise, commands_tables
+from nas import (
+    __version__,
+    commands_ablate,
+    commands_compress,
+    commands_sweep,
+    commands_synthesise,
+    commands_tables,
+)
 from nas.errors import ExperimentError, NasError
 
 console = Console(highlight=False)
@@ -87,14 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--dry-run", action="store_true", help="say what would be done, and how long it would take")
     search.set_defaults(function=_search)
 
-    sweep = commands.add_parser("sweep", parents=[common], help="run an experiment many times with some keys varied")
-    sweep.add_argument("sweep", help="file or bundled name (see `nas list sweeps`)")
-    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the sweep")
-    sweep.add_argument("--out", type=Path, help="sweep folder (default: runs/NAME)")
-    sweep.add_argument("--resume", action="store_true", help="go on with a sweep, or join one that is running")
-    sweep.add_argument("--dry-run", action="store_true", help="check everything, and say what would be done")
-    sweep.set_defaults(function=_sweep)
-
+    commands_sweep.add_parser(commands, common).set_defaults(function=_sweep)
     commands_ablate.add_parser(commands, common).set_defaults(function=_ablate)
 
     profile = commands.add_parser(
@@ -196,10 +196,10 @@ def _dry_run(experiment: Any) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     from nas.sweep.schedule import forecast_sweep, run_sweep
-    from nas.sweep.spec import load_sweep
 
-    sweep = load_sweep(options.sweep, options.set)
-    folder = options.out or Path("runs") / sweep.name
+    sweep, folder, notes = commands_sweep.asked(options)
+    for note in notes:
+        console.print(escape(note), soft_wrap=True)
     if options.dry_run:
         for line in forecast_sweep(sweep, folder):
             console.print(escape(line), soft_wrap=True)

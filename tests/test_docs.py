@@ -107,7 +107,7 @@ def test_nas_commands_parse_and_their_overrides_are_valid(page: Path) -> None:
                 check_steps(options.steps)
             elif hasattr(options, "candidate"):
                 assert set(options.format) <= set(formats)
-            elif hasattr(options, "sweep"):
+            elif getattr(options, "sweep", None):
                 path = ROOT / options.sweep if "/" in options.sweep else options.sweep
                 prepare(load_sweep(path, options.set), Path("nowhere"))
             elif getattr(options, "space", None) and hasattr(options, "set"):
@@ -341,7 +341,7 @@ def test_every_field_of_a_sweeps_result_is_documented() -> None:
     named = set(re.findall(r"`(\w+)`", page))
     for function in ("write_result", "_trial", "_best"):
         assert written_keys(function, "sweep/result.py") - named == set()
-    assert written_keys("plain", "sweep/spec.py", "Parameter") - named == set()
+    assert written_keys("plain", "sweep/parameter.py", "Parameter") - named == set()
 
 
 # ---- docs/run-folder.md, docs/latency-tables.md, latency_tables/README.md ------------------------------

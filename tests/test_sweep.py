@@ -22,11 +22,13 @@ from nas.errors import ExperimentError, NasError, StudyError
 from nas.locks import cache_lock, file_lock
 from nas.sweep.experiments import ExperimentRunner, bind
 from nas.sweep.page import headline, render, write_report
-from nas.sweep.record import Record, check_sampler
+from nas.sweep.parameter import Parameter, combinations, text
+from nas.sweep.record import Record
 from nas.sweep.result import read_result
 from nas.sweep.runners import FunctionRunner
+from nas.sweep.samplers import check_sampler
 from nas.sweep.schedule import forecast_sweep, prepare, run_sweep
-from nas.sweep.spec import Parameter, Sweep, combinations, load_sweep, parameters, text
+from nas.sweep.spec import Sweep, load_sweep, parameters
 
 TOY = '''
 import os
@@ -122,8 +124,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"vary": {}}, "vary is {}"),
     ({"vary": {"x": 3}}, "x needs a list of values or a range"),
     ({"vary": {"x": []}}, "x needs a list of values or a range"),
-    ({"experiment": "digits"}, "an experiment, or a function instead"),
-    ({"function": None}, "an experiment, or a function instead"),
+    ({"experiment": "digits"}, "an experiment, or a function or a command instead"),
+    ({"function": None}, "an experiment, or a function or a command instead"),
     ({"function": None, "experiment": "digits", "metric": "test"}, "'test' is none of reward, quality"),
     ({"direction": "up"}, "direction is 'up'"),
     ({"workers": 0}, "workers is 0"),
@@ -313,7 +315,7 @@ def test_what_is_drawn_is_what_the_experiment_takes(tmp_path: Path, vary: dict[s
 def test_the_best_command_is_the_trial(place: Path) -> None:
     (place / "mine.yaml").write_text(yaml.safe_dump(SMALL))
     runner, _ = bound({"training.lr": [1e-5, 1e-2]}, experiment="mine.yaml", set={"search.trials": 4})
-    command = runner.command({"strategy.kind": "random", "training.lr": 1e-5})
+    command = runner.command({"strategy.kind": "random", "training.lr": 1e-5}, Path("nowhere"))
     words = command.split()
     assert words[:3] == ["nas", "search", "mine.yaml"]
     from nas.experiment import load_experiment
@@ -362,7 +364,8 @@ def test_a_sampler_that_cannot_do_it_is_refused(changes: dict[str, Any], said: s
 
 def record_of(folder: Path, **changes: Any) -> Record:
     sweep = load_sweep(toy(**changes))
-    return Record(folder, sweep, parameters(sweep), FunctionRunner("toy:score", "score"), {"seed": sweep.seed})
+    runner = FunctionRunner("toy:score", "score", sweep.vary)
+    return Record(folder, sweep, parameters(sweep), runner, {"seed": sweep.seed})
 
 
 FINITE = {"x": {"low": 0, "high": 2}, "kind": ["a", "b"]}

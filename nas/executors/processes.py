@@ -98,13 +98,18 @@ def cores() -> int:
 
 
 def die_with(parent: int) -> None:
-    """End this process soon after its parent is gone, kill -9 included: an orphan would disturb every timing."""
+    """End this process soon after its parent is gone, kill -9 included: an orphan would disturb every timing.
+
+    A process that leads a group takes its group along.
+    """
     import threading
     import time
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -14,12 +14,15 @@ from nas.content import load_space_class
 from nas.errors import ExperimentError, NasError
 from nas.executors import cores
 from nas.experiment import PLUGINS, Experiment, OpenSection, load_experiment
+from nas.forecast import forecast
 from nas.job import Job, execute, teacher_costs
 from nas.progress import Progress
 from nas.reward import rewards, violation
 from nas.settings import check, construct, keys_of
 from nas.strategies import strategies
-from nas.sweep.spec import Parameter, Sweep, text
+from nas.sweep.nni_space import branches
+from nas.sweep.parameter import Parameter, text
+from nas.sweep.spec import Sweep
 from nas.tasks import tasks
 
 Values = dict[str, Any]
@@ -123,12 +126,16 @@ class ExperimentRunner:
         figures = {"reward": value, "quality": winner["quality_valid"], **costs, "violation": float(broken)}
         return figures | {"macs": student["macs"], "params": student["params"]}
 
-    def command(self, values: Values) -> str:
-        """The search that a trial was, as a command line; nothing where the experiment is no file."""
+    def command(self, values: Values, folder: Path) -> str:
+        """The search that a trial was; where the experiment is no file, of the one that the trial's folder keeps."""
         if not isinstance(self.source, str):
-            return ""
+            return f"nas search {shlex.quote(str(folder / 'experiment.yaml'))}"
         options = [f"--set {shlex.quote(line)}" for line in (*self.fixed, *lines(values))]
         return " ".join(["nas search", shlex.quote(self.source), *options])
+
+    def forecast(self) -> list[str]:
+        """The search of the experiment without what is varied."""
+        return ["each trial is a run like this one:", *(f"  {line}" for line in forecast(self.base))]
 
 
 def lines(values: Values) -> list[str]:
@@ -147,6 +154,12 @@ def bind(sweep: Sweep, parameters: tuple[Parameter, ...]) -> tuple[ExperimentRun
     Raises:
         NasError: the experiment itself is wrong, or a key or value of ``vary`` is, which is then named.
     """
+    for key, shape in sweep.vary.items():
+        if branches(shape):
+            raise ExperimentError(
+                f"vary.{key} is a nested choice, and an experiment has no such keys.",
+                expected="keys of the experiment, each with its own list or range",
+            )
     source = sweep.experiment if sweep.experiment is not None else {}
     runner = ExperimentRunner(source, tuple(lines(sweep.set)), sweep.name, sweep.workers)
     door = _Door(runner, parameters)

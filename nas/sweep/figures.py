@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from nas.report.drawing import BLUE, GREEN, GREY, INK, Figure, blank
-from nas.sweep.spec import text
+from nas.sweep.parameter import text
 
 Record = dict[str, Any]
 _FADED = "rgba(135,148,161,0.35)"
@@ -55,7 +55,7 @@ def importances(sweep: Record) -> Figure:
 
 def parallel(sweep: Record) -> Figure:
     """One line per trial over all parameters and the metric, the better the darker; the best in green."""
-    axes = [*(_Axis(p) for p in sweep["parameters"]), _Axis.of_metric(sweep)]
+    axes = [*(_Axis(p, sweep) for p in sweep["parameters"]), _Axis.of_metric(sweep)]
     figure = blank("", "")
     trials = sorted(complete(sweep), key=lambda t: axes[-1].place(t["value"]))
     if sweep["direction"] == "minimize":
@@ -88,7 +88,7 @@ def parallel(sweep: Record) -> Figure:
 
 def slice_of(sweep: Record, parameter: Record) -> Figure:
     """The metric against one parameter; grey where the trial's plug-ins did not use it."""
-    axis = _Axis(parameter)
+    axis = _Axis(parameter, sweep)
     figure = blank(axis.key, sweep["metric"])
     for used, name, colour in ((True, "used", BLUE), (False, "not used", GREY)):
         chosen = [t for t in complete(sweep) if (axis.key in t["values"]) == used]
@@ -101,6 +101,22 @@ def slice_of(sweep: Record, parameter: Record) -> Figure:
     elif axis.log:
         figure.update_xaxes(type="log", exponentformat="e")
     figure.update_layout(height=300)
+    return figure
+
+
+def curves(sweep: Record) -> Figure:
+    """What each trial reported on its way, over the number of the report."""
+    figure = blank("report", sweep["metric"])
+    best = (sweep["best"] or {}).get("index")
+    for trial in sorted(sweep["trials"], key=lambda t: t["index"] == best):  # the best lies on top
+        colour = GREEN if trial["index"] == best else _FADED if trial["status"] == "pruned" else BLUE
+        steps, values = zip(*trial["intermediate"], strict=True) if trial["intermediate"] else ((), ())
+        symbols = ["circle"] * (len(steps) - 1) + ["x" if trial["status"] == "pruned" else "circle"]
+        figure.add_scatter(
+            x=list(steps), y=list(values), mode="lines+markers", showlegend=False, hoverinfo="text",
+            line={"color": colour, "width": 3 if colour == GREEN else 1.2}, marker={"size": 6, "symbol": symbols},
+            text=[_hover(trial)] * len(steps),
+        )  # fmt: skip
     return figure
 
 
@@ -129,16 +145,20 @@ def _shade(rank: int, of: int) -> str:
 class _Axis:
     """One upright axis of the parallel view: where a value lies on it, 0..1, and its labels."""
 
-    def __init__(self, parameter: Record) -> None:
+    def __init__(self, parameter: Record, sweep: Record) -> None:
         self.key = str(parameter["key"])
         self.labels = [text(value) for value in parameter.get("values", [])]
-        self.low, self.high = float(parameter.get("low", 0.0)), float(parameter.get("high", 1.0))
+        low, high = parameter.get("low"), parameter.get("high")
+        if (low is None or high is None) and not self.labels:  # a distribution without ends: those of what was drawn
+            drawn = [trial["drawn"][self.key] for trial in complete(sweep)]
+            low, high = min(drawn), max(drawn)
+        self.low, self.high = float(low or 0.0), float(high or 0.0)
         self.log = bool(parameter.get("log"))
 
     @classmethod
     def of_metric(cls, sweep: Record) -> _Axis:
         values = [t["value"] for t in complete(sweep)]
-        return cls({"key": sweep["metric"], "low": min(values), "high": max(values)})
+        return cls({"key": sweep["metric"], "low": min(values), "high": max(values)}, sweep)
 
     def place(self, value: Any) -> float:
         if self.labels:

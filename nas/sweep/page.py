@@ -17,8 +17,8 @@ from nas.report.markup import table as html_table
 from nas.report.page import page, save_page, section
 from nas.sweep import figures
 from nas.sweep.figures import Record, number
+from nas.sweep.parameter import text
 from nas.sweep.result import read_result
-from nas.sweep.spec import text
 
 _SHOWN = 15  # rows of the table on a terminal
 
@@ -41,11 +41,14 @@ def render(sweep: Record) -> str:
     if figures.complete(sweep):
         blocks += [_history(sweep, drawings), _importances(sweep, drawings), _parallel(sweep, drawings)]
         blocks.append(_slices(sweep, drawings))
+    if any(trial["intermediate"] for trial in sweep["trials"]):
+        blocks.append(_curves(sweep, drawings))
     return page(f"{sweep['name']}: sweep report", [*blocks, _trials(sweep)])
 
 
 def _header(sweep: Record) -> Html:
-    subject = sweep["experiment"] if isinstance(sweep["experiment"], str) else sweep["function"] or "an experiment"
+    experiment = sweep["experiment"] if isinstance(sweep["experiment"], str) else ""
+    subject = experiment or sweep["function"] or sweep["command"] or "an experiment"
     created = str(sweep["created"])[:16].replace("T", " ")
     facts = [created, f"sweep of {subject}", sweep["sampler"], f"seed {sweep['seed']}", duration(sweep["seconds"])]
     return tag("header", tag("h1", sweep["name"]), tag("p", " · ".join(facts), class_="soft"))
@@ -91,6 +94,11 @@ def _parallel(sweep: Record, drawings: Fragments) -> Html:
 def _slices(sweep: Record, drawings: Fragments) -> Html:
     drawn = (drawings.html(figures.slice_of(sweep, parameter)) for parameter in sweep["parameters"])
     return section("Each parameter", *drawn, lead=["Every complete trial's metric against one parameter at a time."])
+
+
+def _curves(sweep: Record, drawings: Fragments) -> Html:
+    lead = "What the trials reported on their way; those that were pruned end in a cross, the best is green."
+    return section("On the way", drawings.html(figures.curves(sweep)), lead=[lead])
 
 
 def _trials(sweep: Record) -> Html:
@@ -144,7 +152,8 @@ def sweep_table(sweep: Record) -> Table:
 def headline(sweep: Record) -> list[str]:
     """Plain sentences about a sweep."""
     counts = {
-        status: sum(t["status"] == status for t in sweep["trials"]) for status in ("complete", "failed", "running")
+        status: sum(t["status"] == status for t in sweep["trials"])
+        for status in ("complete", "pruned", "failed", "running")
     }
     said = [f"{len(sweep['trials'])} trials: " + ", ".join(f"{n} {status}" for status, n in counts.items() if n)]
     if sweep["importances"]:

@@ -9,34 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from nas.errors import ContentError, ExperimentError, NasError
+from nas.errors import ExperimentError
 from nas.files import digest
 from nas.journal import open_study
 from nas.locks import file_lock
-from nas.registry import import_object
-from nas.settings import construct, keys_of
+from nas.sweep.parameter import Parameter, all_combinations, combinations
 from nas.sweep.runners import Runner
-from nas.sweep.spec import Parameter, Sweep, all_combinations, combinations
+from nas.sweep.samplers import check_sampler, distribution, make_pruner, make_sampler, quiet
+from nas.sweep.spec import Sweep
 
 JOURNAL, LOCK = "sweep.jsonl", ".sweep.lock"
 RETRIES = 1  # of a trial whose process died
-# These draw one sequence from their seed and count along it in the record; the others draw anew from each seed.
-_ONE_SEQUENCE = ("GridSampler", "QMCSampler")
 _REPEATS = 20
 _ENUMERABLE = 2000
 _TRIES = 1000
 _ENOUGH = 4  # complete trials, below which importances would be noise
+_STATUS = {TrialState.RUNNING: "running", TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}
 
 
 @dataclass(frozen=True)
@@ -45,11 +42,12 @@ class Entry:
 
     Attributes:
         index: its number, and the name of its folder.
-        drawn: what the sampler drew, label or number for every parameter.
+        drawn: what the sampler drew, label or value for every parameter.
         values: what takes effect of it, as the experiment gets it.
-        status: running, complete or failed; ``reason`` says why it failed.
+        status: running, complete, pruned or failed; ``reason`` says why it was pruned or failed.
         value: the metric.
         figures: everything that was measured.
+        intermediate: step → what was reported on the way.
         deaths: how many processes died on it.
         seconds: of its last attempt; ``elapsed``: of the sweep when it ended.
     """
@@ -60,6 +58,7 @@ class Entry:
     status: str = "running"
     value: float | None = None
     figures: dict[str, float] = field(default_factory=dict)
+    intermediate: dict[int, float] = field(default_factory=dict)
     reason: str = ""
     deaths: int = 0
     seconds: float = 0.0
@@ -76,7 +75,7 @@ class Record:
     """Where a sweep is recorded; :meth:`open` is the way to read and write it.
 
     Raises:
-        ExperimentError: the sampler is unknown, or does not suit what is varied.
+        ExperimentError: the sampler or the pruner is unknown, or does not suit the sweep.
     """
 
     folder: Path
@@ -87,6 +86,7 @@ class Record:
 
     def __post_init__(self) -> None:
         check_sampler(self.sweep, self.parameters)
+        make_pruner(self.sweep)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Ledger]:
@@ -110,14 +110,14 @@ class Ledger:
         self._study = study
         for trial in self._frozen(TrialState.RUNNING):
             if "index" not in trial.user_attrs:  # its process died while it was asking
-                self._end(trial.number, None)
+                self._end(trial.number, TrialState.FAIL)
 
     def _frozen(self, *states: TrialState) -> list[FrozenTrial]:
         return list(self._study.get_trials(deepcopy=False, states=states or None))
 
     def entries(self) -> list[Entry]:
         """All trials by index."""
-        found = [_entry(trial) for trial in self._frozen() if "index" in trial.user_attrs]
+        found = [self._entry(trial) for trial in self._frozen() if "index" in trial.user_attrs]
         return sorted(found, key=lambda entry: entry.index)
 
     def ask(self) -> Entry | None:
@@ -131,7 +131,7 @@ class Ledger:
             values = self._settle(trial.params)
             if digest(values) not in known:
                 return self._begin(trial, values, len(entries))
-            self._end(trial.number, None)
+            self._end(trial.number, TrialState.FAIL)
         # A sampler that insists on what it knows: any combination that is left.
         drawn = self._unseen(known, len(self._frozen()))
         if drawn is None:
@@ -143,14 +143,25 @@ class Ledger:
     def _begin(self, trial: optuna.Trial, values: dict[str, Any], index: int) -> Entry:
         trial.set_user_attr("values", values)
         trial.set_user_attr("index", index)  # last: with it the trial exists
-        return Entry(index, dict(trial.params), values)
+        return Entry(index, self._shown(trial.params), values)
+
+    def _shown(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
+        return {p.key: p.shown(drawn[p.key]) for p in self.parameters}
+
+    def _entry(self, trial: FrozenTrial) -> Entry:
+        a, status = trial.user_attrs, _STATUS.get(trial.state, "failed")
+        return Entry(
+            a["index"], self._shown(trial.params), a["values"], status, trial.value if status == "complete" else None,
+            a.get("figures", {}), dict(sorted(trial.intermediate_values.items())), a.get("reason", ""),
+            a.get("deaths", 0), a.get("seconds", 0.0), a.get("elapsed", 0.0),
+        )  # fmt: skip
 
     def _ask(self) -> optuna.Trial:
         number = len(self._frozen())
         self._study.sampler = make_sampler(self.sweep, self.parameters, number)
         distributions = {p.key: distribution(p) for p in self.parameters}
         try:
-            with _quiet():
+            with quiet():
                 return self._study.ask(distributions)
         except Exception as error:
             raise ExperimentError(
@@ -181,7 +192,31 @@ class Ledger:
         """Record a trial without a result."""
         return self._tell(entry, None, {"reason": reason, "seconds": seconds, "elapsed": elapsed})
 
-    def _tell(self, entry: Entry, value: float | None, attributes: dict[str, Any]) -> Entry:
+    def report(self, entry: Entry, values: Mapping[int, float]) -> bool:
+        """Record what a trial has reported on the way, step → value; returns whether the pruner would end it.
+
+        The pruner is asked after every step that is new to the record, as if each had been reported alone.
+        """
+        pruner, ended = make_pruner(self.sweep), False
+        for step, value in sorted(values.items()):
+            trial = self._find(entry)
+            if trial.intermediate_values.get(step) == value:
+                continue
+            self._study._storage.set_trial_intermediate_value(trial._trial_id, step, value)
+            with quiet():
+                ended = pruner.prune(self._study, self._find(entry)) or ended
+        return ended
+
+    def prune(self, entry: Entry, seconds: float, elapsed: float) -> Entry:
+        """Record that a trial was ended on its way."""
+        known = self._find(entry).intermediate_values
+        reason = f"at step {max(known)}, with {known[max(known)]:.6g}"
+        attributes = {"reason": reason, "seconds": seconds, "elapsed": elapsed}
+        return self._tell(entry, None, attributes, TrialState.PRUNED)
+
+    def _tell(
+        self, entry: Entry, value: float | None, attributes: dict[str, Any], state: TrialState = TrialState.FAIL
+    ) -> Entry:
         trial = self._find(entry)
         storage = self._study._storage
         for name, content in attributes.items():
@@ -190,14 +225,13 @@ class Ledger:
         storage.set_trial_system_attr(
             trial._trial_id, "constraints", [attributes.get("figures", {}).get("violation", 0.0)]
         )
-        self._end(trial.number, value)
-        return _entry(self._find(entry))
+        self._end(trial.number, state if value is None else TrialState.COMPLETE, value)
+        return self._entry(self._find(entry))
 
-    def _end(self, number: int, value: float | None) -> None:
+    def _end(self, number: int, state: TrialState, value: float | None = None) -> None:
         self._study.sampler = make_sampler(self.sweep, self.parameters, number)
-        state = TrialState.FAIL if value is None else TrialState.COMPLETE
         try:
-            with _quiet():
+            with quiet():
                 self._study.tell(number, value, state=state)
         except Exception:
             # GridSampler and BruteForceSampler stop the study's loop when they are through, but the loop is ours.
@@ -227,100 +261,8 @@ class Ledger:
             return None, "every complete trial has the same value"
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=self.sweep.seed)
         try:
-            with _quiet():
+            with quiet():
                 found = optuna.importance.get_param_importances(self._study, evaluator=evaluator)
         except (RuntimeError, ValueError) as error:
             return None, str(error)
         return {key: float(share) for key, share in found.items()}, ""
-
-
-def _entry(trial: FrozenTrial) -> Entry:
-    a = trial.user_attrs
-    status = {TrialState.RUNNING: "running", TrialState.COMPLETE: "complete"}.get(trial.state, "failed")
-    return Entry(
-        a["index"], dict(trial.params), a["values"], status, trial.value if status == "complete" else None,
-        a.get("figures", {}), a.get("reason", ""), a.get("deaths", 0), a.get("seconds", 0.0), a.get("elapsed", 0.0),
-    )  # fmt: skip
-
-
-def distribution(parameter: Parameter) -> BaseDistribution:
-    """What Optuna draws a parameter from; the values of a list stand in it as text."""
-    p = parameter
-    if p.values:
-        return CategoricalDistribution(p.labels)
-    if p.whole:
-        return IntDistribution(int(p.low), int(p.high), log=p.log, step=int(p.step or 1))
-    return FloatDistribution(p.low, p.high, log=p.log, step=p.step)
-
-
-def make_sampler(sweep: Sweep, parameters: Sequence[Parameter], number: int) -> optuna.samplers.BaseSampler:
-    """The sampler for draw ``number``: made anew for each, so that a resumed sweep goes on as it would have.
-
-    Raises:
-        ExperimentError: it is unknown, or a setting of it is wrong.
-    """
-    kind = _sampler_class(sweep.sampler)
-    names, settings = keys_of(kind, 0), dict(sweep.sampler_settings)
-    if "seed" in names:
-        spawned = (sweep.seed,) if sweep.sampler in _ONE_SEQUENCE else (sweep.seed, number)
-        settings.setdefault("seed", int(np.random.SeedSequence(spawned).generate_state(1)[0]))
-    if "search_space" in names:
-        settings.setdefault("search_space", _grid(sweep, parameters))
-    with _quiet():
-        return construct(kind, settings, where="sampler_settings")
-
-
-def _sampler_class(name: str) -> Any:
-    found = import_object(name, "sampler") if ":" in name else getattr(optuna.samplers, name, None)
-    if not (isinstance(found, type) and issubclass(found, optuna.samplers.BaseSampler)):
-        offered = [
-            n for n in optuna.samplers.__all__ if n.endswith("Sampler") and not n.startswith(("Base", "Partial"))
-        ]
-        raise ExperimentError(
-            f"Unknown sampler {name!r}.", expected=f"one of Optuna's: {', '.join(offered)}, or 'module:Name'"
-        )
-    return found
-
-
-def _grid(sweep: Sweep, parameters: Sequence[Parameter]) -> dict[str, list[Any]]:
-    for p in parameters:
-        if p.options is None:
-            raise ExperimentError(
-                f"Sampler {sweep.sampler!r} needs finite choices, and vary.{p.key} is a continuous range.",
-                remedy=f"a list of values, or a step, for {p.key}",
-            )
-    return {p.key: list(p.options or ()) for p in parameters}
-
-
-def check_sampler(sweep: Sweep, parameters: Sequence[Parameter]) -> None:
-    """Draw a few times in memory, so that what a sampler cannot do is said before anything runs.
-
-    Raises:
-        ExperimentError: the sampler is unknown, lacks a package, or does not suit what is varied.
-    """
-    study = optuna.create_study(direction=sweep.goal)
-    distributions = {p.key: distribution(p) for p in parameters}
-    for number in range(int(min(3, combinations(parameters)))):
-        study.sampler = make_sampler(sweep, parameters, number)
-        try:
-            with _quiet():
-                trial = study.ask(distributions)
-                with contextlib.suppress(RuntimeError, KeyError):  # the end of a small grid, see Ledger._end
-                    study.tell(trial, float(number))
-        except (NasError, KeyboardInterrupt):
-            raise
-        except ImportError as error:
-            raise ContentError(f"Sampler {sweep.sampler!r} needs a package: {error}", remedy="install it") from error
-        except Exception as error:
-            raise ExperimentError(
-                f"Sampler {sweep.sampler!r} cannot draw what is varied: {error}",
-                remedy="another sampler, or other sampler_settings",
-            ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Samplers warn of what is experimental in them; that is for those who chose them to know."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
-import shlex
+import math
 from pathlib import Path
 from typing import Any
 
 from nas.files import write_json
-from nas.sweep.experiments import ExperimentRunner
 from nas.sweep.record import Entry, Ledger, Record
 from nas.versioned import read_versioned
 
@@ -25,8 +24,9 @@ def write_result(record: Record, ledger: Ledger, seconds: float) -> dict[str, An
     found = {
         "schema_version": SCHEMA_VERSION, "name": sweep.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "seconds": seconds,
-        "experiment": sweep.experiment, "function": sweep.function, "metric": sweep.metric, "direction": sweep.goal,
-        "sampler": sweep.sampler, "seed": sweep.seed, "parameters": [p.plain() for p in record.parameters],
+        "experiment": sweep.experiment, "function": sweep.function, "command": sweep.command,
+        "metric": sweep.metric, "direction": sweep.goal, "sampler": sweep.sampler, "pruner": sweep.pruner,
+        "seed": sweep.seed, "parameters": [p.plain() for p in record.parameters],
         "trials": [_trial(entry) for entry in ordered], "best": _best(record, ordered),
         "importances": importances, "importances_note": why_not,
     }  # fmt: skip
@@ -51,20 +51,23 @@ def _rank(entry: Entry, goal: str) -> tuple[int, float, float, int]:
 def _trial(entry: Entry) -> dict[str, Any]:
     return {
         "index": entry.index, "status": entry.status, "value": entry.value, "values": entry.values,
-        "drawn": entry.drawn, "figures": entry.figures, "violation": entry.violation, "reason": entry.reason,
+        "drawn": entry.drawn, "figures": entry.figures, "intermediate": _intermediate(entry),
+        "violation": entry.violation, "reason": entry.reason,
         "deaths": entry.deaths, "seconds": entry.seconds, "elapsed": entry.elapsed,
         "folder": _folder(entry),
     }  # fmt: skip
+
+
+def _intermediate(entry: Entry) -> list[list[float | None]]:
+    """Step and value, which JSON has no NaN for."""
+    return [[step, value if math.isfinite(value) else None] for step, value in entry.intermediate.items()]
 
 
 def _best(record: Record, ordered: list[Entry]) -> dict[str, Any] | None:
     best = next((entry for entry in ordered if entry.value is not None), None)
     if best is None:
         return None
-    command = ""
-    if isinstance(record.runner, ExperimentRunner):
-        inline = f"nas search {shlex.quote(str(record.folder / _folder(best) / 'experiment.yaml'))}"
-        command = record.runner.command(best.values) or inline
+    command = record.runner.command(best.values, record.folder / _folder(best))
     return {"index": best.index, "value": best.value, "values": best.values, "command": command}
 
 

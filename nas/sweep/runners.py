@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from nas.errors import ContentError, ExperimentError
 from nas.progress import Progress
 from nas.registry import import_object
+from nas.sweep.nni_space import effective, nested
 
 
 class Runner(Protocol):
@@ -31,6 +32,16 @@ class Runner(Protocol):
             NasError: the trial fails for this reason, and the sweep goes on.
         """
 
+    def command(self, values: dict[str, Any], folder: Path) -> str:
+        """A command line that does the trial of these settled values again; empty where there is none.
+
+        Args:
+            folder: of the trial.
+        """
+
+    def forecast(self) -> list[str]:
+        """What each trial is, in lines for people."""
+
 
 @dataclass(frozen=True)
 class FunctionRunner:
@@ -39,10 +50,13 @@ class FunctionRunner:
     Args:
         path: the function returns the metric, or figures by name.
         metric: what a bare number stands for.
+        space: what is varied, as the sweep says it.
+        fixed: keys and values of every trial.
     """
 
     path: str
     metric: str
+    space: dict[str, Any] = field(default_factory=dict)
     fixed: tuple[tuple[str, Any], ...] = ()
 
     def load(self) -> Callable[[dict[str, Any], Path], Any]:
@@ -58,12 +72,12 @@ class FunctionRunner:
         return found
 
     def settle(self, values: dict[str, Any]) -> dict[str, Any]:
-        """All of them."""
-        return values
+        """All of them, but for what lies in branches that were not chosen."""
+        return effective(self.space, values)
 
     def run(self, values: dict[str, Any], folder: Path, progress: Progress) -> dict[str, float]:
         """Call it."""
-        result = self.load()({**dict(self.fixed), **values}, folder)
+        result = self.load()({**dict(self.fixed), **nested(self.space, values)}, folder)
         figures = result if isinstance(result, dict) else {self.metric: result}
         try:
             return {str(name): float(value) for name, value in figures.items()}
@@ -71,3 +85,11 @@ class FunctionRunner:
             raise ExperimentError(
                 f"{self.path} returned {result!r}.", expected="a number, or numbers by name"
             ) from None
+
+    def command(self, values: dict[str, Any], folder: Path) -> str:
+        """None."""
+        return ""
+
+    def forecast(self) -> list[str]:
+        """Nothing more is known."""
+        return []

@@ -24,18 +24,22 @@ import yaml
 
 from nas.errors import StudyError
 from nas.files import write_atomic
-from nas.forecast import forecast
 from nas.locks import file_lock
 from nas.progress import Progress, Silent
-from nas.sweep.experiments import ExperimentRunner, bind
+from nas.sweep.commands import CommandRunner
+from nas.sweep.experiments import bind
 from nas.sweep.page import write_report
+from nas.sweep.parameter import Parameter, combinations
 from nas.sweep.record import RETRIES, Entry, Ledger, Record
+from nas.sweep.reports import read_reports
 from nas.sweep.result import write_result
 from nas.sweep.runners import FunctionRunner, Runner
-from nas.sweep.spec import Sweep, combinations, parameters, text
+from nas.sweep.spec import Sweep, parameters
+from nas.sweep.trials import bury, claim_of, end
 from nas.sweep.worker import Order, read_outcome, work
 
 _POLL = 1.0  # seconds between two looks at the record, while another command may leave something to do
+_LOOK = 0.2  # seconds between two looks at what trials report, where a pruner judges it
 _REFRESH = 10.0  # seconds between two writings of sweep.json
 
 
@@ -58,17 +62,15 @@ def forecast_sweep(sweep: Sweep, folder: Path) -> list[str]:
     """Lines for people about what a sweep would do. Writes nothing; raises all that the sweep would refuse at once."""
     record = prepare(sweep, folder)
     size = combinations(record.parameters)
-    said = [f"sweep {sweep.name} of {sweep.experiment or sweep.function}, {sweep.goal} {sweep.metric}, {sweep.sampler}"]
-    for p in record.parameters:
-        place = ", ".join(p.labels) if p.values else f"{text(p.ends[0])} to {text(p.ends[1])}"
-        how = [", logarithmic" if p.log else "", f", in steps of {text(p.step)}" if p.step else ""]
-        said.append(f"  {p.key}: {place}{''.join(how)}{', each in a list of its own' if p.wrapped else ''}")
+    subject = sweep.experiment or sweep.function or sweep.command
+    said = [f"sweep {sweep.name} of {subject}, {sweep.goal} {sweep.metric}, {sweep.sampler}"]
+    said += [f"  {p.key}: {p.describe()}" for p in record.parameters]
+    if sweep.pruner:
+        said.append(f"trials are ended on their way by {sweep.pruner}")
     bounds = [f"{sweep.trials} trials" if sweep.trials else "", f"{sweep.seconds:g} s" if sweep.seconds else ""]
     every = "combinations without end" if math.isinf(size) else f"{size:,.0f} combinations"
     said.append(f"{every}; at most {' or '.join(filter(None, bounds))}, {sweep.workers} at a time")
-    if isinstance(record.runner, ExperimentRunner):
-        said += ["each trial is a run like this one:", *(f"  {line}" for line in forecast(record.runner.base))]
-    return said
+    return said + record.runner.forecast()
 
 
 def prepare(sweep: Sweep, folder: Path) -> Record:
@@ -77,20 +79,31 @@ def prepare(sweep: Sweep, folder: Path) -> Record:
     Raises:
         NasError: names the key that is wrong, and the value.
     """
-    varied = parameters(sweep)
-    runner: Runner
-    if sweep.function is not None:
-        runner = FunctionRunner(sweep.function, sweep.metric, tuple(sweep.set.items()))
-        runner.load()
-        subject: Any = sweep.function
-    else:
-        runner, varied = bind(sweep, varied)
-        subject = runner.base.plain()
-        subject["search"].pop("workers", None)
+    runner, varied, subject = _subject(sweep, parameters(sweep))
     plain = sweep.model_dump(mode="python")
     identity = {key: plain[key] for key in ("set", "sampler", "sampler_settings", "seed", "metric")}
     identity |= {"subject": subject, "direction": sweep.goal, "vary": [p.plain() for p in varied]}
+    if sweep.pruner:
+        identity |= {key: plain[key] for key in ("pruner", "pruner_settings")}
     return Record(folder, sweep, varied, runner, identity)
+
+
+def _subject(sweep: Sweep, varied: tuple[Parameter, ...]) -> tuple[Runner, tuple[Parameter, ...], Any]:
+    """What runs a trial, the parameters as it takes them, and what tells this subject from another."""
+    fixed = tuple(sweep.set.items())
+    if sweep.function is not None:
+        function = FunctionRunner(sweep.function, sweep.metric, sweep.vary, fixed)
+        function.load()
+        return function, varied, sweep.function
+    if sweep.command is not None:
+        place = Path(sweep.directory or ".")
+        command = CommandRunner(sweep.command, sweep.name, sweep.metric, place, sweep.vary, fixed)
+        command.check()
+        return command, varied, [sweep.command, str(place)]
+    experiment, bound = bind(sweep, varied)
+    subject = experiment.base.plain()
+    subject["search"].pop("workers", None)
+    return experiment, bound, subject
 
 
 def _open_folder(record: Record, resume: bool, progress: Progress) -> None:
@@ -116,6 +129,8 @@ class _Child:
     entry: Entry
     process: SpawnProcess
     claim: contextlib.ExitStack
+    start: float = field(default_factory=time.monotonic)
+    reported: int = 0
 
 
 @dataclass
@@ -139,6 +154,7 @@ class Scheduler:
             while self._fill():
                 self._wait()
                 self._reap()
+                self._judge()
         finally:
             self._stop()
         return self._finish()
@@ -184,30 +200,30 @@ class Scheduler:
 
     def _begin(self, entry: Entry) -> None:
         claim = contextlib.ExitStack()
-        claim.enter_context(file_lock(self._claim(entry), shared=True))
-        order = Order(self.record.runner, entry.values, self._folder(entry), self._claim(entry), os.getpid())
+        claim.enter_context(file_lock(claim_of(self._folder(entry)), shared=True))
+        order = Order(self.record.runner, entry.values, self._folder(entry), os.getpid())
         process = multiprocessing.get_context("spawn").Process(target=work, args=(order,), name=f"trial {entry.index}")
         self._running[entry.index] = _Child(entry, process, claim)  # first: an interrupt may come at any moment
         with _no_interrupts():
             process.start()
 
     def _wait(self) -> None:
-        """Until a process ends; with a worker to spare, not for long, because another command may lose a trial."""
-        full = len(self._running) == self.record.sweep.workers
+        """Until a process ends; with a worker to spare, not for long, because another command may lose a trial; and
+        shorter where trials are judged on their way."""
+        sweep = self.record.sweep
+        full = len(self._running) == sweep.workers
         if self._running:
-            wait([child.process.sentinel for child in self._running.values()], None if full else _POLL)
+            wait([child.process.sentinel for child in self._running.values()],
+                 _LOOK if sweep.pruner else None if full else _POLL)  # fmt: skip
         else:
             time.sleep(_POLL)
 
     def _folder(self, entry: Entry) -> Path:
         return self.record.folder / "trials" / f"{entry.index:04d}"
 
-    def _claim(self, entry: Entry) -> Path:
-        return self.record.folder / "trials" / f".{entry.index:04d}.lock"
-
     def _is_free(self, entry: Entry) -> bool:
         try:
-            with file_lock(self._claim(entry), wait=False):
+            with file_lock(claim_of(self._folder(entry)), wait=False):
                 return True
         except BlockingIOError:
             return False
@@ -216,20 +232,45 @@ class Scheduler:
 
     def _reap(self) -> None:
         """Take down what became of the processes that have ended."""
-        for child in [c for c in self._running.values() if not c.process.is_alive()]:
-            child.process.join()
+        ended = wait([child.process.sentinel for child in self._running.values()], 0)
+        for child in [c for c in self._running.values() if c.process.sentinel in ended]:
+            bury(child.process)
             with self.record.open() as ledger:
                 if not self._take_down(ledger, child.entry):
                     self._mourn(ledger, child)
-                # Not before it is recorded: a free claim means that nobody knows what became of the trial.
-                child.claim.close()
-            del self._running[child.entry.index]
+            self._release(child)
+
+    def _release(self, child: _Child) -> None:
+        """Not before its end is recorded: a free claim means that nobody knows what became of the trial."""
+        child.claim.close()
+        del self._running[child.entry.index]
+
+    def _judge(self) -> None:
+        """Record what the running trials have reported, and end those that the pruner would."""
+        if self.record.sweep.pruner is None:
+            return
+        for child in list(self._running.values()):
+            values = read_reports(self._folder(child.entry)).intermediate
+            if len(values) <= child.reported:
+                continue
+            child.reported = len(values)
+            with self.record.open() as ledger:
+                if ledger.report(child.entry, values):
+                    self._prune(ledger, child)
+                    self._release(child)
+
+    def _prune(self, ledger: Ledger, child: _Child) -> None:
+        end([child.process])
+        if not self._take_down(ledger, child.entry):  # it may have come to its end meanwhile
+            told = ledger.prune(child.entry, time.monotonic() - child.start, self.elapsed)
+            self.progress.note(f"trial {told.index}: pruned {told.reason}  ({_words(told.values)})")
 
     def _take_down(self, ledger: Ledger, entry: Entry) -> bool:
         """Record a trial's outcome; returns whether there is one."""
         outcome = read_outcome(self._folder(entry))
         if outcome is None:
             return False
+        ledger.report(entry, read_reports(self._folder(entry)).intermediate)
         if outcome["reason"]:
             told = ledger.fail(entry, outcome["reason"], outcome["seconds"], self.elapsed)
         else:
@@ -254,11 +295,7 @@ class Scheduler:
 
     def _stop(self) -> None:
         """Interrupted: the processes end, and their trials stay recorded as running, for a resume to go on with."""
-        started = [child.process for child in self._running.values() if child.process.pid is not None]
-        for process in started:
-            process.terminate()
-        for process in started:
-            process.join()
+        end([child.process for child in self._running.values() if child.process.pid is not None])
         for child in self._running.values():
             child.claim.close()
 

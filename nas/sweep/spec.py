@@ -1,21 +1,18 @@
-"""The sweep file: its schema, and what is varied, validated before anything runs."""
+"""The sweep file: its schema, and what it says is varied, validated before anything runs."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from nas.errors import ExperimentError
 from nas.experiment import Section, explain, read_mapping
+from nas.sweep.nni_space import is_nni, nni_parameters
+from nas.sweep.parameter import Parameter, as_number
 
 SCHEMA = "docs/sweep.md"
 Goal = Literal["maximize", "minimize"]
@@ -53,12 +50,16 @@ class Sweep(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     experiment: str | dict[str, Any] | None = None
     function: str | None = None
+    command: str | None = None
+    directory: str | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     vary: dict[str, Any] = Field(min_length=1)
     metric: str = "reward"
     direction: Goal | None = None
     sampler: str = "TPESampler"
     sampler_settings: dict[str, Any] = Field(default_factory=dict)
+    pruner: str | None = None
+    pruner_settings: dict[str, Any] = Field(default_factory=dict)
     trials: int | None = Field(20, ge=1)
     seconds: float | None = Field(None, gt=0)
     workers: int = Field(1, ge=1)
@@ -74,12 +75,16 @@ class Sweep(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Sweep:
-        if (self.experiment is None) == (self.function is None):
-            raise ValueError("a sweep has an experiment, or a function instead")
+        if sum(subject is not None for subject in (self.experiment, self.function, self.command)) != 1:
+            raise ValueError("a sweep has an experiment, or a function or a command instead")
+        if self.directory is not None and self.command is None:
+            raise ValueError("directory is where a command runs, and there is none")
         if self.trials is None and self.seconds is None:
             raise ValueError("trials or seconds must bound the sweep")
         if self.experiment is not None and self.metric not in METRICS:
             raise ValueError(f"metric {self.metric!r} is none of {', '.join(METRICS)}")
+        if self.experiment is not None and self.pruner is not None:
+            raise ValueError("a pruner judges what trials report on the way, and searches report nothing")
         return self
 
     @property
@@ -88,82 +93,10 @@ class Sweep(Section):
         return self.direction or METRICS.get(self.metric, "maximize")
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One varied key: a list of values, or a range.
-
-    Attributes:
-        wrapped: the key takes a list of choices, and the runner puts each value into a list of its own.
-    """
-
-    key: str
-    values: tuple[Any, ...] = ()
-    low: float = 0.0
-    high: float = 0.0
-    log: bool = False
-    step: float | None = None
-    whole: bool = False
-    wrapped: bool = False
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The values of a list as text, which can stand for any YAML value."""
-        return tuple(map(text, self.values))
-
-    @property
-    def ends(self) -> tuple[Any, ...]:
-        """What has to be valid for everything between to be: all values of a list, or both ends."""
-        return self.values or (self.low, self.high)
-
-    @property
-    def options(self) -> tuple[Any, ...] | None:
-        """All values in the form of the record (labels of a list, numbers of a range); nothing if not finite."""
-        if self.values:
-            return self.labels
-        if self.whole or self.step is not None:
-            step = self.step or 1
-            return tuple(self.number(self.low + i * step) for i in range(round((self.high - self.low) / step) + 1))
-        return None
-
-    def number(self, value: float) -> float:
-        """A value of the range as whole as it should be."""
-        return round(value) if self.whole else float(value)
-
-    def value(self, recorded: Any) -> Any:
-        """What a label or number of the record stands for."""
-        return self.values[self.labels.index(recorded)] if self.values else self.number(recorded)
-
-    def draw(self, rng: np.random.Generator) -> Any:
-        """A label or number at random."""
-        if (options := self.options) is not None:
-            return options[rng.integers(len(options))]
-        if self.log:
-            return float(np.exp(rng.uniform(math.log(self.low), math.log(self.high))))
-        return float(rng.uniform(self.low, self.high))
-
-    def plain(self) -> dict[str, Any]:
-        """JSON-able form for the record and the report."""
-        if self.values:
-            return {"key": self.key, "values": list(self.values)}
-        ends = {"low": self.number(self.low), "high": self.number(self.high)}
-        return {"key": self.key, **ends, "log": self.log, "step": self.step, "whole": self.whole}
-
-
-def combinations(parameters: Sequence[Parameter]) -> float:
-    """How many there are; infinite if one parameter is continuous."""
-    return math.prod(math.inf if p.options is None else len(p.options) for p in parameters)
-
-
-def all_combinations(parameters: Sequence[Parameter]) -> Iterator[dict[str, Any]]:
-    """Every combination, as labels and numbers; only for finite ones."""
-    for row in itertools.product(*(p.options or () for p in parameters)):
-        yield dict(zip((p.key for p in parameters), row, strict=True))
-
-
 def load_sweep(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> Sweep:
     """Read a file (path or bundled name) or a dictionary, apply ``key=value`` overrides, and validate its own keys.
 
-    An override of a key under ``set``, ``vary`` or ``sampler_settings`` names it behind the dot:
+    An override of a key under ``set``, ``vary`` or a sampler's or pruner's settings names it behind the dot:
     ``vary.training.lr={low: 0.001, high: 0.1}``.
 
     Raises:
@@ -185,12 +118,19 @@ def parameters(sweep: Sweep) -> tuple[Parameter, ...]:
     Raises:
         ExperimentError: a range is wrong, or a list has a value twice.
     """
-    return tuple(_parameter(key, shape) for key, shape in sweep.vary.items())
+    found = [p for key, shape in sweep.vary.items() for p in _parameters(key, shape)]
+    if twice := {p.key for p in found if sum(p.key == q.key for q in found) > 1}:
+        raise ExperimentError(f"vary says twice what {min(twice)} is.", remedy="rename one of them")
+    return tuple(found)
+
+
+def _parameters(key: str, shape: Any) -> tuple[Parameter, ...]:
+    return tuple(nni_parameters(key, shape)) if is_nni(shape) else (_parameter(key, shape),)
 
 
 def _parameter(key: str, shape: Any) -> Parameter:
     if isinstance(shape, list):
-        found = Parameter(key, tuple(map(_number, shape)))
+        found = Parameter(key, tuple(map(as_number, shape)))
         if len(set(found.labels)) < len(shape):
             raise ExperimentError(f"vary.{key} is {shape!r}.", expected="each value once")
         return found
@@ -200,19 +140,6 @@ def _parameter(key: str, shape: Any) -> Parameter:
         raise explain(error, f"vary.{key}", Range, SCHEMA) from None
     whole = isinstance(r.low, int) and isinstance(r.high, int) and isinstance(r.step, int | None)
     return Parameter(key, (), r.low, r.high, r.log, r.step, whole)
-
-
-def _number(value: Any) -> Any:
-    """YAML takes 1e-4 for text."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return float(value)
-    return value
-
-
-def text(value: Any) -> str:
-    """A value as YAML on one line, as ``--set`` reads it."""
-    dumped = yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True)
-    return str(dumped).strip().removesuffix("...").strip()
 
 
 def _read(source: str | Path) -> tuple[dict[str, Any], str]:
@@ -235,7 +162,7 @@ def _set(raw: dict[str, Any], override: str) -> None:
     if not dot:
         raw[section] = value
         return
-    if section not in ("set", "vary", "sampler_settings"):
+    if section not in ("set", "vary", "sampler_settings", "pruner_settings"):
         raise ExperimentError(
             f"--set {key}: a sweep has no section {section!r}.",
             expected="a key of the sweep",

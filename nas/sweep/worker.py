@@ -16,8 +16,7 @@ from nas.executors import die_with
 from nas.files import write_json
 from nas.locks import file_lock
 from nas.sweep.runners import Runner
-
-OUTCOME, LOG = "outcome.json", "log.txt"
+from nas.sweep.trials import LOG, OUTCOME, claim_of, lead_group
 
 
 @dataclass(frozen=True)
@@ -25,21 +24,20 @@ class Order:
     """What a trial's process is told.
 
     Attributes:
-        claim: lock file that the process and its parent hold, shared, while the trial runs.
         parent: id of the process that started it.
     """
 
     runner: Runner
     values: dict[str, Any]
     folder: Path
-    claim: Path
     parent: int
 
 
 def work(order: Order) -> None:
     """Run the trial; its output and its progress go to its ``log.txt``."""
+    lead_group()
     die_with(order.parent)
-    with file_lock(order.claim, shared=True):
+    with file_lock(claim_of(order.folder), shared=True):
         if os.getppid() != order.parent:
             return  # too late: somebody else may have claimed the trial
         order.folder.mkdir(parents=True, exist_ok=True)
