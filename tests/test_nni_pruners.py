@@ -360,6 +360,36 @@ def test_wrong_options_are_one_clear_error() -> None:
         speedup(model, torch.tensor(1.0), masks)
 
 
+def test_an_example_that_the_model_does_not_take_is_one_clear_error() -> None:
+    model = Plain()
+    _, masks = prune("L1Norm", "plain", model, None)
+    with pytest.raises(CompressionError, match="cannot be run on the example"):
+        speedup(model, torch.rand(2, 3, 8, 8), masks)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5},
+        {"op_types": ["Conv2d"], "sparse_ratio": 0.5, "granularity": "in_channel", "exclude_op_names": ["features.0"]},
+        {"op_names": ["features.3", "features.6"], "sparse_ratio": 0.5, "global_group_id": 0},
+    ],
+    ids=["normalisation", "inputs", "global"],
+)
+def test_other_ways_to_ask(
+    asked: dict[str, Any], trained: dict[str, nn.Module], digits: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    from nni.compression.pruning import L1NormPruner
+
+    model, x = copy.deepcopy(trained["plain"]), digits[0]
+    pruner = L1NormPruner(model, [{"exclude_op_names": ["head"], **asked}])
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    found = shrink(model, x[:4], masks)
+    close(found.model, masked(model, masks, x), x)
+    assert found.parameters[1] < 0.8 * found.parameters[0]
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -87,8 +87,14 @@ def unwrapped(model: nn.Module, example: torch.Tensor) -> nn.Module:
             if space.mask is not None:  # the masks that count are those that are given
                 space.mask = torch.ones_like(space.mask)
     modes = {module: module.training for module in plain.modules()}
-    with torch.no_grad():
-        plain.eval()(example)
+    try:
+        with torch.no_grad():
+            plain.eval()(example)
+    except Exception as error:  # the model's own
+        raise CompressionError(
+            f"The model cannot be run on the example {list(example.shape)}: {type(error).__name__}: {error}",
+            expected="raw inputs [n, *input_shape], as the model takes them",
+        ) from error
     for module, mode in modes.items():
         module.training = mode
     for layer in layers:
