@@ -372,9 +372,9 @@ def test_an_example_that_the_model_does_not_take_is_one_clear_error() -> None:
     [
         {"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5},
         {"op_types": ["Conv2d"], "sparse_ratio": 0.5, "granularity": "in_channel", "exclude_op_names": ["features.0"]},
-        {"op_names": ["features.3", "features.6"], "sparse_ratio": 0.5, "global_group_id": 0},
+        {"op_names": ["features.3", "features.6"], "sparse_ratio": 0.5, "dependency_group_id": 0},
     ],
-    ids=["normalisation", "inputs", "global"],
+    ids=["normalisation", "inputs", "one group"],
 )
 def test_other_ways_to_ask(
     asked: dict[str, Any], trained: dict[str, nn.Module], digits: tuple[torch.Tensor, torch.Tensor]

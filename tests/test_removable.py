@@ -9,6 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nas.student.export import deployable, export_float
@@ -196,6 +197,41 @@ def test_round_numbers_are_kept_and_outputs_too(align: int) -> None:
             assert left % align == 0 or left == layer.out_channels
     with torch.no_grad():
         torch.testing.assert_close(smaller(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_smaller_model_can_be_made_smaller_again() -> None:
+    model, x, info = made("inverted")
+    with_dead_channels(model, info.classes, 0.3, False)
+    first = Removable(Structure(model, x[:2]), x[:1]).without()
+    with torch.no_grad():
+        for layer in first.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight[:2] = 0
+        wanted = first(x)
+        second = Removable(Structure(first, x[:2]), x[:1]).without()
+        torch.testing.assert_close(second(x), wanted, rtol=1e-4, atol=1e-5)
+    assert _size(second) < _size(first)
+
+
+def test_padding_apart_and_functions_in_the_place_of_layers() -> None:
+    class Functions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3, 2)
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = F.dropout(F.relu(self.norm(self.a(F.pad(x, (1, 1, 1, 1))))), 0.5, self.training)
+            return self.fc(F.max_pool2d(self.b(F.pad(x, (0, 1, 0, 1))), 2).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, x = Functions().eval(), torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        model.a.weight[:5] = 0
+        model.norm.bias.normal_()
+        smaller = Removable(Structure(model, x), x[:1]).without()
+        assert smaller.get_submodule("a").weight.shape[0] == 3
+        torch.testing.assert_close(smaller(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 def test_one_channel_stays_where_all_are_constant() -> None:

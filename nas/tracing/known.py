@@ -23,7 +23,7 @@ POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d)
 POINTWISE = (
     "relu", "relu6", "hardtanh", "gelu", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu", "elu",
     "softplus", "mish", "exp", "log", "sqrt", "rsqrt", "reciprocal", "abs", "neg", "erf", "square", "clamp",
-    "clamp_min", "clamp_max", "dropout", "feature_dropout", "to", "_to_copy", "contiguous", "clone", "alias", "detach",
+    "clamp_min", "clamp_max", "to", "_to_copy", "contiguous", "clone", "alias", "detach",
     "pow", "sin", "cos", "round", "floor", "sign", "add", "sub", "rsub", "div", "maximum", "minimum", "where",
     "masked_fill",
 )  # fmt: skip
@@ -204,6 +204,17 @@ def _matmul(found: Known, node: fx.Node) -> Any:
     return (found.unknown(a) @ open_b + open_a @ found.unknown(b)) < HALF
 
 
+def _dropout(found: Known, node: fx.Node) -> Any:
+    return None if node.args[2] else _same(found, node)  # of one that is on in evaluation, too
+
+
+def _padded(found: Known, node: fx.Node) -> Any:
+    given: Any = node.args
+    if isinstance(given[2] if len(given) > 2 else None, str) and given[2] != "constant":
+        return None
+    return F.pad(found.unknown(given[0]), given[1]) == 0
+
+
 def _attention(found: Known, node: fx.Node) -> Any:
     """A mean over tokens, with weights that nothing is known of: known where the tokens all have the same."""
     given: Any = node.args
@@ -217,6 +228,8 @@ RULES: dict[str, Callable[[Known, fx.Node], Any]] = {
     **dict.fromkeys(MOVING, _moved),
     **dict.fromkeys(POOLING, _gathered),
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
+    **dict.fromkeys(("dropout", "feature_dropout"), _dropout),
+    **dict.fromkeys(("pad", "constant_pad_nd"), _padded),
     "mul": _product,
     "scaled_dot_product_attention": _attention,
 }

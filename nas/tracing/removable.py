@@ -77,7 +77,6 @@ class Removable:
     @torch.no_grad()
     def without(self) -> fx.GraphModule:
         """The smaller model; it computes what the model did, for inputs of the sample's size."""
-        self.structure.model.add_module(MAPS, nn.Module())
         readers = {path: nodes for path, nodes in self.structure.calls.items() if _reads(self.structure.modules[path])}
         left = {path: [self._left(path, node) for node in nodes] for path, nodes in readers.items()}
         for path, nodes in readers.items():  # once nothing looks at the graph as it was any more
@@ -217,7 +216,13 @@ class Removable:
         return self.structure.axes.layers[path][1]
 
     def _stored(self, name: str, value: torch.Tensor) -> fx.Node:
-        self.structure.model.get_submodule(MAPS).register_buffer(name, value.contiguous())
+        model = self.structure.model
+        if not isinstance(getattr(model, MAPS, None), nn.Module):
+            model.add_module(MAPS, nn.Module())
+        home = model.get_submodule(MAPS)
+        while hasattr(home, name):  # of an earlier time, where a smaller model is made smaller again
+            name += "_"
+        home.register_buffer(name, value.contiguous())
         return self.structure.model.graph.get_attr(f"{MAPS}.{name}")
 
 
