@@ -69,11 +69,19 @@ nni.report_final_result({"default": accuracy, "epochs": epoch + 1})
 
 # Says what it got, and does what the file called "mode" beside it says.
 PROBE = '''
-import json, os, pathlib, subprocess, sys, time
+import json, os, pathlib, signal, subprocess, sys, time
 import nni
+
+
+def leave(*_):
+    time.sleep(0.5)
+    (out / "saved").touch()
+    sys.exit(1)
+
 
 params = nni.get_next_parameter()
 out = pathlib.Path(os.environ["NNI_OUTPUT_DIR"])
+signal.signal(signal.SIGTERM, leave)
 with (out / "attempts").open("a") as file:
     file.write(f"{os.getpid()}\\n")
 told = {"params": params, "argv": sys.argv[1:], "trial": nni.get_trial_id(), "cwd": os.getcwd(), "number":
@@ -737,6 +745,7 @@ def test_a_command_ends_with_its_sweep_and_is_gone_on_with(place: Path, how: str
         process.kill()
         process.communicate()
     until(lambda: not any(alive(pid) for found in pids.values() for pid in found))
+    assert len(list(place.glob("out/trials/*/saved"))) == (2 if how == "interrupt" else 0), "it may save what it has"
     (place / "mode").unlink()
     result = resume(place, "--trials", "3")
     assert [t["status"] for t in result["trials"]] == ["complete"] * 3

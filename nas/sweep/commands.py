@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import select
 import shlex
 import signal
 import subprocess
@@ -83,13 +83,27 @@ class CommandRunner:
         return figures
 
     def _wait(self, command: str, folder: Path, claim: int) -> int:
-        with _ending() as running:
+        """Run the command; returns its exit code.
+
+        Whoever ends a trial signals its whole group, and kills what is left when this process has gone. So this one
+        stays while the command puts its things away: until the last of its processes has let go of a pipe, because
+        the shell between does not wait for the script.
+        """
+        held, given = os.pipe()
+        before = signal.signal(signal.SIGTERM, _leave)
+        try:
             process = subprocess.Popen(
-                command, shell=True, cwd=self.directory, env=self._environment(folder), pass_fds=[claim],
+                command, shell=True, cwd=self.directory, env=self._environment(folder), pass_fds=[claim, given],
                 stdin=subprocess.DEVNULL,
             )  # fmt: skip
-            running.append(process)
+            os.close(given)
             code = process.wait()
+        except SystemExit:
+            select.select([held], [], [], GRACE)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            os.close(held)
         if killed := _killed_by(code):  # as if it had been this process: a sweep tries such a trial once more
             sys.stdout.write(f"the command was killed by signal {killed}\n")
             sys.stdout.flush()
@@ -144,21 +158,6 @@ def _last_lines(log: Path, begun: int) -> str:
         file.seek(begun)
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     return "; its last lines: " + " | ".join(lines[-_LINES:]) if lines else ""
-
-
-@contextlib.contextmanager
-def _ending() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Whoever ends a trial signals its whole group, and kills what is left when this process has gone: so this one
-    stays for as long as the command may take to put its things away."""
-    running: list[subprocess.Popen[bytes]] = []
-    before = signal.signal(signal.SIGTERM, _leave)
-    try:
-        yield running
-    finally:
-        for process in running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-        signal.signal(signal.SIGTERM, before)
 
 
 def _leave(number: int, frame: object) -> NoReturn:

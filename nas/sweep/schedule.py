@@ -255,15 +255,17 @@ class Scheduler:
                 continue
             child.reported = len(values)
             with self.record.open() as ledger:
-                if ledger.report(child.entry, values):
-                    self._prune(ledger, child)
-                    self._release(child)
+                ended = ledger.report(child.entry, values)
+            if ended:
+                self._prune(child)
 
-    def _prune(self, ledger: Ledger, child: _Child) -> None:
+    def _prune(self, child: _Child) -> None:
         end([child.process])
-        if not self._take_down(ledger, child.entry):  # it may have come to its end meanwhile
-            told = ledger.prune(child.entry, time.monotonic() - child.start, self.elapsed)
-            self.progress.note(f"trial {told.index}: pruned {told.reason}  ({_words(told.values)})")
+        with self.record.open() as ledger:
+            if not self._take_down(ledger, child.entry):  # it may have come to its end meanwhile
+                told = ledger.prune(child.entry, time.monotonic() - child.start, self.elapsed)
+                self.progress.note(f"trial {told.index}: pruned {told.reason}  ({_words(told.values)})")
+        self._release(child)
 
     def _take_down(self, ledger: Ledger, entry: Entry) -> bool:
         """Record a trial's outcome; returns whether there is one."""
