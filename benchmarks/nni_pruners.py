@@ -177,41 +177,47 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else f"{values[0]:{form}}"
 
 
-def cells(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of one way: channels left, difference, changed predictions, bytes, speed."""
+def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Of one way over the seeds: channels left, largest difference, accuracy, bytes, speed."""
     ran = [row for row in rows if "error" not in row]
     if not ran:
-        return [str(rows[0]["error"]).replace("|", "/"), *["–"] * 4]
+        return dict.fromkeys(("left", "difference", "changed", "accuracy", "smaller", "faster"), str(rows[0]["error"]))
     share = np.mean([sum(row["left"].values()) / sum(row["whole"].values()) for row in ran])
-    return [
-        f"{100 * share:.0f}", f"{max(row['difference'] for row in ran):.1e}",
-        f"{100 * np.mean([row['changed'] for row in ran]):.2f}",
-        f"{np.mean([row['bytes_dense'] / row['bytes'] for row in ran]):.2f}",
-        spread([row["faster"] for row in ran], ".2f"),
-    ]  # fmt: skip
+    return {
+        "left": f"{100 * share:.0f}", "difference": f"{max(row['difference'] for row in ran):.1e}",
+        "changed": f"{100 * np.mean([row['changed'] for row in ran]):.1f}",
+        "accuracy": f"{100 * np.mean([row['accuracy'] for row in ran]):.1f}",
+        "smaller": f"{np.mean([row['bytes_dense'] / row['bytes'] for row in ran]):.2f}",
+        "faster": spread([row["faster"] for row in ran], ".2f"),
+    }  # fmt: skip
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Markdown: a line for each model, pruner and way."""
+    """Markdown: a line for each model and pruner; what is parted by strokes is keep / keep, align 8 / vote / NNI."""
     lines = [
-        "| model | pruner | channels asked for, % | way | left, % | largest difference | predictions changed, % | "
-        "× smaller file | × faster |",
+        "| model | pruner | asked for, % | channels left, % | largest difference | predictions changed, % "
+        "| accuracy, % (masked) | × smaller file | × faster |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    keys = dict.fromkeys((row["model"], row["pruner"], row["way"]) for row in rows)
-    for model, pruner, way in keys:
-        own = [row for row in rows if (row["model"], row["pruner"], row["way"]) == (model, pruner, way)]
+    for model, pruner in dict.fromkeys((row["model"], row["pruner"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["pruner"]) == (model, pruner)]
+        ways = [figures([row for row in own if row["way"] == way]) for way in (*OURS, NNI)]
         asked = np.mean([sum(row["asked"].values()) / sum(row["whole"].values()) for row in own])
-        lines.append(f"| {' | '.join([model, pruner, f'{100 * asked:.0f}', way, *cells(own)])} |")
+        masked_ = 100 * np.mean([row["accuracy_masked"] for row in own if "accuracy_masked" in row])
+        told = {key: " / ".join(way[key] for way in ways) for key in ways[0]}
+        told["accuracy"] = f"{told['accuracy']} ({masked_:.1f})"
+        cells = [told[key] for key in ("left", "difference", "changed", "accuracy", "smaller", "faster")]
+        lines.append(f"| {' | '.join([model, pruner, f'{100 * asked:.0f}', *cells])} |")
     return lines
 
 
 def channels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown: channels of every layer for the L1 norm, first seed."""
     lines = ["| model | way | channels, layer by layer |", "|---|---|---|"]
+    order = {name: [layer for layer in widths(build()) if layer != "fc"] for name, build in MODELS.items()}
     for row in rows:
         if row["pruner"] == "L1Norm" and row["seed"] == rows[0]["seed"] and "left" in row:
-            layers = [name for name in row["left"] if name in row["whole"]]
+            layers = list(order[row["model"]])
             if row["way"] == KEEP:
                 for told, key in (("whole", "whole"), ("asked to go", "asked")):
                     lines.append(f"| {row['model']} | {told} | {' '.join(str(row[key][name]) for name in layers)} |")
