@@ -333,6 +333,32 @@ def test_an_input_on_its_makers_grid_needs_no_rounding_of_its_own(trained: nn.Mo
     assert integers(exported) == ["conv2", "conv3"]  # the others read the image, a sum, an average
 
 
+def test_two_roundings_that_are_one_become_one(trained: nn.Module, digits: Digits) -> None:
+    """What NNI rounds as a result and again as the next layer's input."""
+    quantizer, _ = quantizer_of("PtqQuantizer", trained, settings(fuse_names=FUSED), digits)
+    exported = quantized_onnx(quantizer, digits[0][:1])
+    agree(quantizer.bound_model, exported, digits)
+    assert integers(exported) == [*CONVS, "head"]
+    # Calibrated on the same data, both have one grid: nothing is left that would change values.
+    assert quantized_onnx(quantizer, digits[0][:1], exact=False).model == exported.model
+
+
+def test_roundings_on_grids_that_differ_are_kept_unless_told(dense: nn.Module, digits: Digits) -> None:
+    quantizer, calibration = quantizer_of("PtqQuantizer", dense, settings(), digits)
+    wider = copy.deepcopy(dict(calibration))
+    wider["second"]["_input_0"]["scale"] *= 1.1
+    quantizer.update_calibration_config(wider)
+    exact, fast = (quantized_onnx(quantizer, digits[0][:1], exact=exact) for exact in (True, False))
+    agree(quantizer.bound_model, exact, digits)
+    agree(quantizer.bound_model, fast, digits, share=0.99)
+    assert integers(fast) == integers(exact) == ["first", "second", "head"]
+    assert operators(fast.model)["QuantizeLinear"] == operators(exact.model)["QuantizeLinear"] - 1
+    with torch.no_grad():
+        wanted = quantizer.bound_model(digits[0]).numpy()
+    far, near = (np.abs(run(found.model, digits[0]) - wanted).mean() for found in (fast, exact))
+    assert near < 0.5 * far
+
+
 class Odd(nn.Module):
     """Layers without an integer form, one that is used twice, a product of three dimensions, a bounded activation."""
 

@@ -25,11 +25,14 @@ KEEP = "keep"  # the name of a Clip whose highest code is reached
 MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity")  # they only pass values on
 
 
-def finish(model: onnx.ModelProto, layers: Mapping[str, int]) -> tuple[onnx.ModelProto, dict[str, str]]:
+def finish(
+    model: onnx.ModelProto, layers: Mapping[str, int], exact: bool = True
+) -> tuple[onnx.ModelProto, dict[str, str]]:
     """Bring an exported simulation into the form that runs in integers; in place.
 
     Args:
         layers: names of the layers whose weight is in codes → bits of a code.
+        exact: keep every rounding; otherwise a rounding to 8 bits of what another has rounded is left out.
 
     Returns:
         The model, and for each of the layers why it computes in floats; "" where it computes in integers.
@@ -42,12 +45,15 @@ def finish(model: onnx.ModelProto, layers: Mapping[str, int]) -> tuple[onnx.Mode
         _pull(graph, pair)
     for pair in _pairs(graph):
         _absorb(graph, pair)
-    while any(_merge(graph, pair) for pair in _pairs(graph)):
+    while any(_merge(graph, pair, exact) for pair in _pairs(graph)):
         pass
     for weight in weights:
         _feed(graph, weight)
     for pair in _pairs(graph):
         _bound(graph, pair)
+    for node in graph.nodes:
+        if node.name == KEEP:
+            node.name = ""
     why = [_why_floats(graph, weight.node) for weight in weights]
     for weight, reason in zip(weights, why, strict=True):
         weight.write(graph, integers=not reason)
@@ -268,7 +274,7 @@ class Pair:
 
     def low(self, graph: Graph) -> int:
         """The lowest code."""
-        return 0 if self.clip is None else int(graph.tensors[self.clip.input[1]])
+        return 0 if self.clip is None or not self.clip.input[1] else int(graph.tensors[self.clip.input[1]])
 
     def chain(self) -> list[onnx.NodeProto]:
         """Its nodes in order."""
@@ -286,15 +292,16 @@ class Pair:
 
 
 def _pairs(graph: Graph) -> list[Pair]:
+    """Every DequantizeLinear with what it takes its codes from."""
     found = []
     for quantize in graph.nodes:
         if quantize.op_type == "QuantizeLinear":
             clip = graph.sole(quantize.output[0])
             if clip is not None and clip.op_type != "Clip":
                 clip = None
-            dequantize = graph.sole((clip or quantize).output[0])
-            if dequantize is not None and dequantize.op_type == "DequantizeLinear":
-                found.append(Pair(quantize, clip, dequantize))
+            for node in graph.readers((clip or quantize).output[0]):
+                if node.op_type == "DequantizeLinear":
+                    found.append(Pair(quantize, clip, node))
     return found
 
 
@@ -351,19 +358,20 @@ def _set_range(graph: Graph, pair: Pair, top: int, keep: bool) -> None:
 def _clip(graph: Graph, pair: Pair, low: int, high: int) -> None:
     """Codes ``low``..``high``."""
     if pair.clip is None:
-        pair.clip = helper.make_node("Clip", [pair.quantize.output[0], "", ""], [f"{pair.quantize.output[0]}.c"])
+        pair.clip = helper.make_node("Clip", [pair.quantize.output[0], "", ""], [f"{pair.dequantize.output[0]}.c"])
         graph.insert([pair.clip], before=pair.dequantize)
         pair.dequantize.input[0] = pair.clip.output[0]
     for i, end in enumerate((low, high), 1):
         pair.clip.input[i] = graph.store(np.array(end, np.uint8), f"{pair.clip.output[0]}.{i}")
 
 
-def _merge(graph: Graph, second: Pair) -> bool:
+def _merge(graph: Graph, second: Pair, exact: bool) -> bool:
     """Two roundings one after the other where the second only renames codes, or cuts some off: the first's codes,
     the second's scale. What NNI rounds as a result and again as the next layer's input mostly is that."""
     first = next((pair for pair in _pairs(graph) if pair.dequantize.output[0] == second.quantize.input[0]), None)
-    if first is None or graph.sole(second.quantize.input[0]) is not second.quantize:
+    if first is None:
         return False
+    alone = graph.sole(second.quantize.input[0]) is second.quantize
     if not (_scalar(graph, first.dequantize) and _scalar(graph, second.quantize)):
         return False
     (fine, origin), (scale, zero) = (
@@ -375,16 +383,22 @@ def _merge(graph: Graph, second: Pair) -> bool:
     codes = np.clip(np.round(values / scale).astype(int) + zero, second.low(graph), second.top(graph))
     low = bottom + int(np.flatnonzero(codes == codes[0])[-1])
     high = bottom + int(np.flatnonzero(codes == codes[-1])[0])
-    if low > high or not (np.diff(codes[low - bottom : high - bottom + 1]) == 1).all():
+    renames = low <= origin <= high and (np.diff(codes[low - bottom : high - bottom + 1]) == 1).all()
+    if not renames and (exact or second.top(graph) < 127):
         return False
-    if not low <= origin <= high:
+    if not renames:  # the first's values go on, but those that an activation cuts off
+        low, high = origin if second.low(graph) == zero else bottom, top
+    cuts, shared = (low, high) != (bottom, top), graph.readers(second.dequantize.input[0]) != [second.dequantize]
+    if shared or (cuts and not alone):  # others read the codes
         return False
-    if (low, high) != (bottom, top):
+    if not renames:
+        second.dequantize.input[1] = first.dequantize.input[1]
+    if cuts:
         _clip(graph, first, low, high)
     if first.clip is not None and high < top:
         first.clip.name = KEEP
     second.dequantize.input[0], second.dequantize.input[2] = first.dequantize.input[0], first.dequantize.input[2]
-    gone = (first.dequantize, second.quantize, second.clip)
+    gone = (first.dequantize if alone else None, second.quantize, second.clip)
     graph.nodes = [node for node in graph.nodes if all(node is not other for other in gone)]
     return True
 
@@ -403,10 +417,8 @@ def _bound(graph: Graph, pair: Pair) -> None:
         if top == 255 or (top == 254 and pair.clip.name != KEEP):
             graph.drop(pair.clip)
             pair.clip = None
-    if pair.clip is not None:
-        pair.clip.name = ""
-        if not pair.low(graph):
-            pair.clip.input[1] = ""  # an unsigned code has no lower end to check
+    if pair.clip is not None and not pair.low(graph):
+        pair.clip.input[1] = ""  # an unsigned code has no lower end to check
 
 
 def _feed(graph: Graph, weight: Weight) -> None:

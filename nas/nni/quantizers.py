@@ -85,6 +85,7 @@ def quantized_onnx(
     calibration: Calibration | None = None,
     *,
     fuse_names: Iterable[Sequence[str]] = (),
+    exact: bool = True,
 ) -> QuantizedModel:
     """Export what NNI 3.0's ``QATQuantizer``, ``PtqQuantizer`` or ``LsqQuantizer`` made, at the scales that it found.
 
@@ -95,6 +96,8 @@ def quantized_onnx(
             `calibration_json` makes of them).
         fuse_names: for a plain model: NNI's ``fuse_names`` of the configuration list, such as
             ``[("conv1", "bn1", "relu1")]``. A live quantiser knows them.
+        exact: keep every rounding of NNI's. It rounds what a layer gives and then what the next one reads, on grids
+            that differ a little. Without, what was rounded to 8 bits is not rounded again: faster, and other values.
 
     Raises:
         CompressionError: the quantiser is not calibrated, the configuration is of another model, or what it holds has
@@ -124,7 +127,7 @@ def quantized_onnx(
     for name in {**grids, **masks}:
         simulate(plain.get_submodule(name), grids.get(name, {}), afterwards.get(name), masks.get(name, {}), INTEGER)
     bits = {name: found["weight"].bits for name, found in grids.items() if hasattr(plain.get_submodule(name), CODES)}
-    exported, reasons = finish(export_float(plain, example[:1].detach().cpu()), bits)
+    exported, reasons = finish(export_float(plain, example[:1].detach().cpu()), bits, exact)
     return QuantizedModel(exported, tuple(_record(plain, name, found, reasons) for name, found in grids.items()))
 
 
