@@ -6,7 +6,10 @@ quantiser and of the runtime's own rewriting; ``tests/test_derived.py`` counts t
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
 
 from torch import fx, nn
 
@@ -15,7 +18,34 @@ from nas.genes import Candidate
 from nas.tracing.structure import RELUS, Block
 from nas.tracing.trace import is_constant, opname
 
+Condition = Callable[[Candidate], bool]
 FULL = 1.0  # the share of the rank of a layer that stays as it is
+
+
+def _both(c: Candidate, one: Condition, other: Condition) -> bool:
+    return one(c) and other(c)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who may read a value: a node, or one of several of which a candidate has one.
+
+    Attributes:
+        nodes: in other clusters, or the output.
+        runs: whether it does, for a candidate.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    runs: Condition
+    which: Callable[[Candidate], fx.Node] | None = None
+
+    def taken(self, c: Candidate) -> fx.Node:
+        """The one that a candidate has."""
+        return self.nodes[0] if self.which is None else self.which(c)
+
+    def only(self, condition: Condition) -> Reader:
+        """The reader, where a further condition holds."""
+        return replace(self, runs=partial(_both, one=condition, other=self.runs))
 
 
 class Execution:
@@ -47,6 +77,15 @@ class Execution:
         for block in blocks:
             self.by_shortcut.setdefault(block.shortcut, []).append(block)
         self._sources: dict[fx.Node, list[str]] = {}
+        self._readers: dict[fx.Node, list[Reader]] = {}
+        self._about: Candidate | None = None
+        self._known: dict[tuple[Any, ...], Any] = {}
+
+    def known(self, c: Candidate) -> dict[tuple[Any, ...], Any]:
+        """What was already found of a candidate, the last one that was asked about; it has recorded what was read."""
+        if self._about is not c:
+            self._about, self._known = c, {}
+        return self._known
 
     def repeated(self, path: str) -> bool:
         """Whether a layer is called several times: its copies in the file would each have to be quantised alike."""
@@ -88,20 +127,32 @@ class Execution:
         """Node → its cluster."""
         return {node: cluster for cluster in self.structure.clusters for node in cluster.nodes}
 
-    def readers(self, c: Candidate, node: fx.Node) -> list[fx.Node | None]:
-        """Nodes of other clusters that read a value, also through blocks that are left out; None is the output."""
-        found: list[fx.Node | None] = []
-        home = self.home.get(node)
-        for user in node.users:
-            if user.op == "output":
-                found.append(None)
-            elif user.op != "call_method" and self.home.get(user) is not home and not self.dropped(c, user):
-                found.append(user)
+    def readers(self, node: fx.Node) -> list[Reader]:
+        """Whoever may read a value, of other clusters, also through blocks that are left out."""
+        if node not in self._readers:
+            self._readers[node] = self._find_readers(node)
+        return self._readers[node]
+
+    def _find_readers(self, node: fx.Node) -> list[Reader]:
+        found = [Reader((user,), partial(self._runs, node=user)) for user in self._users(node)]
         # Whoever reads through a chain reads its end.
         for block in () if node in self.chained else self.by_shortcut.get(node, ()):
-            if not self.keeps(c, block) and not self.hidden(c, block):
-                found += self.readers(c, block.output)
+            found += [reader.only(partial(self._gone, block=block)) for reader in self.readers(block.output)]
         return found
+
+    def _users(self, node: fx.Node) -> list[fx.Node]:
+        """Nodes of other clusters that read a value as it is; the output among them."""
+        home = self.home.get(node)
+        return [
+            user for user in node.users
+            if user.op == "output" or (user.op != "call_method" and self.home.get(user) is not home)
+        ]  # fmt: skip
+
+    def _runs(self, c: Candidate, node: fx.Node) -> bool:
+        return node.op == "output" or not self.dropped(c, node)
+
+    def _gone(self, c: Candidate, block: Block) -> bool:
+        return not self.keeps(c, block) and not self.hidden(c, block)
 
     def asked(self, c: Candidate, path: str) -> int:
         """Bits of a layer, as its gene says."""
@@ -121,6 +172,13 @@ class Execution:
         onnxruntime computes a float convolution in integers where its input is read from integers and its output goes
         to nothing but integers. So that is how it is trained and priced.
         """
+        known = self.known(c)
+        if ("bits", path) not in known:
+            known["bits", path] = self._executed_bits(c, path)
+        found: int = known["bits", path]
+        return found
+
+    def _executed_bits(self, c: Candidate, path: str) -> int:
         asked = self.asked(c, path)
         node = self.structure.calls[path][0]
         if asked <= 8 or not isinstance(self.structure.layer(node), nn.Conv2d) or self.repeated(path):
@@ -129,8 +187,8 @@ class Execution:
             return asked  # it is two convolutions, of which neither has integers on both sides
         if not self.quantized(c, node.all_input_nodes[0], asked=True):
             return asked
-        readers = self.readers(c, self.home[node].nodes[-1])
-        return 8 if readers and all(self.wants_integers(c, user, asked=True) for user in readers) else asked
+        readers = self.readers(self.home[node].nodes[-1])
+        return asked if any(not self.wants(c, r, asked=True) and r.runs(c) for r in readers) else 8
 
     def integers(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
         """Whether a node's value is integers: convolutions', and what only passes them on.
@@ -158,21 +216,34 @@ class Execution:
         passes = isinstance(layer, (*RELUS, nn.Dropout, nn.Dropout2d, nn.Identity)) or self.structure.passes_on(node)
         if not passes:
             return False
+        return self.integers(c, self.last_input(c, node), asked)
+
+    def last_input(self, c: Candidate, node: fx.Node) -> fx.Node:
+        """The input of a node that is computed last."""
         inputs = [self.read(c, n) for n in node.all_input_nodes if not is_constant(n)]
-        return self.integers(c, max(inputs, key=self.structure.rank.__getitem__), asked)
+        return max(inputs, key=self.structure.rank.__getitem__)
 
     def quantized(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
         """Whether a value is read from integers: it is some, or one of its readers wants some, and so all get them."""
         node = self.read(c, node)
-        return self.integers(c, node, asked) or any(
-            self.wants_integers(c, user, asked) for user in self.readers(c, node)
-        )
+        return self.integers(c, node, asked) or self.wanted(c, node, asked)
 
-    def wants_integers(self, c: Candidate, user: fx.Node | None, asked: bool = False) -> bool:
-        """Whether a reader computes in integers what it is given; None, the output, does not."""
-        if user is None or isinstance(self.structure.layer(user), nn.Linear):
+    def wanted(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
+        """Whether some reader of a value computes in integers."""
+        return any(self.wants(c, reader, asked) and reader.runs(c) for reader in self.readers(node))
+
+    def wants(self, c: Candidate, reader: Reader, asked: bool = False) -> bool:
+        """Whether a reader computes in integers what it is given; the output does not.
+
+        Which of several alternatives it is, is read of the candidate only where they differ.
+        """
+        answers = {self._wants(c, node, asked) for node in reader.nodes}
+        return answers.pop() if len(answers) == 1 else self._wants(c, reader.taken(c), asked)
+
+    def _wants(self, c: Candidate, node: fx.Node, asked: bool) -> bool:
+        if node.op == "output" or isinstance(self.structure.layer(node), nn.Linear):
             return False
-        return self.integers(c, user, asked)
+        return self.integers(c, node, asked)
 
     def fused(self, c: Candidate, cluster: Cluster) -> bool:
         """Whether an addition is done by the float convolution before it: the runtime adds while it stores."""
@@ -184,10 +255,13 @@ class Execution:
             return False
         if any(self.quantized(c, n) for n in inputs):
             return False  # it would have to bring integers into the convolutions' layout first
-        last = max((self.read(c, n) for n in inputs), key=self.structure.rank.__getitem__)
-        while isinstance(self.structure.layer(last), nn.BatchNorm2d):
-            last = last.all_input_nodes[0]
-        return isinstance(self.structure.layer(last), nn.Conv2d)
+        return self.convolved(c, self.last_input(c, node))
+
+    def convolved(self, c: Candidate, node: fx.Node) -> bool:
+        """Whether a value comes straight from a convolution, and its normalisation."""
+        while isinstance(self.structure.layer(node), nn.BatchNorm2d):
+            node = node.all_input_nodes[0]
+        return isinstance(self.structure.layer(node), nn.Conv2d)
 
     def sources(self, node: fx.Node) -> list[str]:
         """Convolutions that a value comes from through ReLUs, additions and poolings, in the order of the forward."""

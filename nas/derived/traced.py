@@ -20,11 +20,11 @@ from torch import fx, nn
 from nas import members
 from nas.compression.base import Plan
 from nas.derived.clusters import Cluster, Clustered
-from nas.derived.execution import FULL, Execution
+from nas.derived.execution import FULL, Execution, Reader
 from nas.derived.segment import segment
 from nas.errors import SpaceError
 from nas.parts import Boundary, Part
-from nas.space import Candidate, SearchSpace, Site, TaskInfo, Training, Treatment
+from nas.space import Candidate, SearchSpace, Site, TaskInfo, Training, Treatment, Value
 from nas.tracing.axes import flat
 from nas.tracing.dims import Dim, Var
 from nas.tracing.layers import is_depthwise
@@ -85,19 +85,26 @@ class TracedSpace(SearchSpace):
         rng = np.random.default_rng(0)
         drawn = [{name: of[int(rng.integers(len(of)))] for name, of in values.items()} for _ in range(SEEN)]
         for home in (lambda path: path.rpartition(".")[0], lambda path: ""):
-            for site in self.sites.values():
-                read: set[str] = set()
-                for one in drawn:
-                    candidate = Candidate({name: value for name, value in one.items() if name in self._run.offered})
-                    site(candidate)
-                    read.update(candidate.reads)
-                if math.prod(len(values[name]) for name in read) <= TABULATED:
-                    continue
+            large = [read for site in self.sites.values() if (read := self._reads_too_much(site, drawn, values))]
+            if not large:
+                return
+            for read in large:
                 first: dict[str, str] = {}
                 for path, gene in self._run.bits_of.items():
                     if gene in read:
                         self._run.bits_of[path] = first.setdefault(home(path), gene)
-                self._offer()
+            self._offer()
+
+    def _reads_too_much(
+        self, site: Site, drawn: Sequence[Mapping[str, Value]], values: Mapping[str, Sequence[Value]]
+    ) -> set[str]:
+        """What a site reads of some candidates, where that has too many combinations."""
+        read: set[str] = set()
+        for one in drawn:
+            candidate = Candidate({name: value for name, value in one.items() if name in self._run.offered})
+            site(candidate)
+            read.update(candidate.reads)
+        return read if math.prod(len(values[name]) for name in read) > TABULATED else set()
 
     # ---- sizes ----------------------------------------------------------------------------------------
 
@@ -160,9 +167,12 @@ class TracedSpace(SearchSpace):
         for i, cluster in enumerate(self.structure.clusters):
             sites[f"{i}.{cluster.name}"] = partial(self._part, cluster=cluster, variables=self._variables(cluster))
         for node in [self.structure.input, *(n for cluster in self.structure.clusters for n in cluster.outputs)]:
-            if any(self._run.may_be_integers(n) for n in (node, *self._readers(node))):
-                variables = variables_of(self.structure.axes.of[node])
-                sites[f"{node.name}.boundary"] = partial(self._boundary, node=node, variables=variables)
+            readers = self._run.readers(node)
+            if any(self._run.may_be_integers(n) for n in (node, *(n for reader in readers for n in reader.nodes))):
+                known = {"node": node, "variables": variables_of(self.structure.axes.of[node])}
+                sites[f"{node.name}.quantize"] = partial(self._quantize, **known)
+                for i, reader in enumerate(readers):
+                    sites[f"{node.name}.dequantize{i}"] = partial(self._dequantize, reader=reader, **known)
         return sites
 
     def _part(self, c: Candidate, cluster: Cluster, variables: list[Var]) -> Part | None:
@@ -183,30 +193,30 @@ class TracedSpace(SearchSpace):
             precision = "int8" if self._run.integers(c, cluster.nodes[-1]) else "fp32"
         return segment(self.structure, cluster, sizes, plan, precision, bits)
 
-    def _readers(self, node: fx.Node) -> list[fx.Node]:
-        """First nodes of other clusters that read a value."""
-        return [user for user in node.users if user.op != "output" and user.op != "call_method"]
+    def _quantize(self, c: Candidate, node: fx.Node, variables: list[Var]) -> Part | None:
+        """Quantisation of a value once, where some reader wants integers."""
+        if not self._flows(c, node) or self._run.integers(c, node) or not self._run.wanted(c, node):
+            return None
+        return self._crossing(c, "quantize", node, variables)
 
-    def _boundary(self, c: Candidate, node: fx.Node, variables: list[Var]) -> list[Part] | None:
-        """Quantisation of a value once, where some reader wants integers; dequantisation for each that does not.
+    def _dequantize(self, c: Candidate, node: fx.Node, variables: list[Var], reader: Reader) -> Part | None:
+        """Dequantisation for a reader that wants floats, where the value is integers or others want it to be.
 
         The quantiser lets all readers of a value read what was quantised for one of them.
         """
-        if node not in self._run.ends and (self._run.dropped(c, node) or self._run.read(c, node) is not node):
+        if not self._flows(c, node) or self._run.wants(c, reader):
             return None
-        own = self._run.integers(c, node)
-        readers = self._run.readers(c, node)
-        wanted = [self._run.wants_integers(c, user) for user in readers]
-        if not own and not any(wanted):
+        if not (self._run.integers(c, node) or self._run.wanted(c, node)) or not reader.runs(c):
             return None
+        return self._crossing(c, "dequantize", node, variables)
+
+    def _flows(self, c: Candidate, node: fx.Node) -> bool:
+        """Whether a value is there and is not another one that is read in its place."""
+        return node in self._run.ends or (not self._run.dropped(c, node) and self._run.read(c, node) is node)
+
+    def _crossing(self, c: Candidate, what: str, node: fx.Node, variables: list[Var]) -> Part:
         sizes = self._sizes(c, variables)
-        shape = tuple(dim.sized(sizes) for dim in self.structure.axes.of[node][1:])
-        parts = []
-        if not own:
-            parts.append(Part((Boundary("quantize"),), shape, "boundary"))
-        if wanted.count(False):
-            parts.append(Part((Boundary("dequantize"),), shape, "boundary", wanted.count(False)))
-        return parts
+        return Part((Boundary(what),), tuple(d.sized(sizes) for d in self.structure.axes.of[node][1:]), "boundary")
 
     # ---- what is trained -----------------------------------------------------------------------------------
 

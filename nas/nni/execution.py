@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from torch import fx
+from torch import fx, nn
 
-from nas.derived.clusters import Clustered
-from nas.derived.execution import Execution
+from nas.derived.clusters import FOLDED, Clustered
+from nas.derived.execution import Execution, Reader
 from nas.genes import Candidate
 from nas.nni.labels import Table
 from nas.tracing.alternatives import decision_of, is_choice, options_of
+from nas.tracing.structure import RELUS
+from nas.tracing.trace import is_constant
+
+#: A choice, and those of its options that a node is needed for; nothing where it is needed for all.
+Gate = tuple[fx.Node, frozenset[fx.Node] | None]
+
+
+DECIDING = 1_000  # combinations of labels that decide whether a node is run
 
 
 class ChosenExecution(Execution):
@@ -23,14 +33,38 @@ class ChosenExecution(Execution):
 
     Attributes:
         choices: nodes that take one of several values.
+        taken_for_run: nodes of which it takes too many labels to tell whether anything reads them. They are priced as
+            if something always did.
     """
 
     def __init__(self, structure: Clustered, decisions: Sequence[Table], only: int) -> None:
         super().__init__(structure, [], only)
         self._decisions = decisions
         self.choices = [node for node in structure.nodes if is_choice(node)]
-        self._always = _always(structure)
-        self._gates = {node: gates for node, gates in self._ways(structure).items() if node not in self._always}
+        always = _always(structure)
+        self._gates = {node: gates for node, gates in self._ways(structure).items() if node not in always}
+        self.taken_for_run = self._bound()
+
+    def _bound(self) -> list[fx.Node]:
+        """Let nodes count as run where whether they are depends on more than :data:`DECIDING` combinations."""
+        sizes: dict[str, int] = {}
+        for table in self._decisions:
+            for i, label in enumerate(table.labels):
+                sizes[label] = len({key[i] for key in table.values})
+        read: dict[fx.Node, set[str]] = {}
+        given_up = []
+        for node in sorted(self._gates, key=self.structure.rank.__getitem__, reverse=True):
+            own: set[str] = set()
+            for choice, options in self._gates[node]:
+                own |= read.get(choice, set())
+                if options is not None:
+                    own |= set(self._decisions[decision_of(choice)].labels)
+            if math.prod(sizes[label] for label in own) > DECIDING:
+                given_up.append(node)
+                del self._gates[node]
+            else:
+                read[node] = own
+        return given_up
 
     def taken(self, c: Candidate, node: fx.Node) -> fx.Node:
         """The option of a choice that a candidate takes."""
@@ -43,31 +77,91 @@ class ChosenExecution(Execution):
 
     def dropped(self, c: Candidate, node: fx.Node) -> bool:
         """Whether nothing that a candidate runs reads a node."""
-        return not self._lives(c, node, {})
-
-    def _lives(self, c: Candidate, node: fx.Node, known: dict[fx.Node, bool]) -> bool:
         if node not in self._gates:
-            return True
-        if node not in known:
-            # The choice first: what it would take is nobody's business where it is not run itself.
-            known[node] = any(
-                self._lives(c, choice, known) and self.taken(c, choice) is option
-                for choice, option in self._gates[node]
+            return False
+        known = self.known(c)
+        if ("dropped", node) not in known:
+            # The choice first: what it takes is read only where it is run itself, and where it makes a difference.
+            known["dropped", node] = not any(
+                not self.dropped(c, choice) and (options is None or self.taken(c, choice) in options)
+                for choice, options in self._gates[node]
             )
-        return known[node]
+        gone: bool = known["dropped", node]
+        return gone
 
-    def readers(self, c: Candidate, node: fx.Node) -> list[fx.Node | None]:
-        found: list[fx.Node | None] = []
-        home = self.home.get(node)
-        for user in node.users:
-            if user.op == "output":
-                found.append(None)
-            elif is_choice(user):
-                if not self.dropped(c, user) and self.taken(c, user) is node:
-                    found += self.readers(c, user)
-            elif user.op != "call_method" and self.home.get(user) is not home and not self.dropped(c, user):
-                found.append(user)
+    def integers(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
+        known = self.known(c)
+        if (asked, node) not in known:
+            known[asked, node] = self._agreed(c, node, partial(super().integers, asked=asked))
+        found: bool = known[asked, node]
         return found
+
+    def convolved(self, c: Candidate, node: fx.Node) -> bool:
+        return self._agreed(c, node, super().convolved)
+
+    def quantized(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
+        # What an option gives is read by others too, unless nothing but the choice reads it.
+        while is_choice(node) and any(len(option.users) > 1 for option in options_of(node)):
+            node = self.taken(c, node)
+        return self.integers(c, node, asked) or self.wanted(c, node, asked)
+
+    def _agreed(self, c: Candidate, node: fx.Node, about: Callable[[Candidate, fx.Node], bool]) -> bool:
+        """What is true of the option that a choice takes; which one that is, is read only where they differ."""
+        while is_choice(node):
+            options = list(dict.fromkeys(options_of(node)))
+            if len({self._decider(option) for option in options}) == 1:
+                answers = {self._agreed(c, option, about) for option in options}
+                if len(answers) == 1:
+                    return answers.pop()
+            node = self.taken(c, node)
+        return about(c, node)
+
+    def _decider(self, node: fx.Node) -> str:
+        """The gene that decides whether a value is integers: of the convolution that was computed last for it."""
+        if is_choice(node):
+            found = {self._decider(option) for option in options_of(node)}
+            return found.pop() if len(found) == 1 else ""
+        layer = self.structure.layer(node)
+        if isinstance(layer, nn.Conv2d):
+            return self.bits_of.get(str(node.target), "")
+        passes = isinstance(layer, (*RELUS, *FOLDED)) or self.structure.passes_on(node)
+        inputs = [n for n in node.all_input_nodes if not is_constant(n)]
+        return self._decider(max(inputs, key=self.structure.rank.__getitem__)) if passes and inputs else ""
+
+    def last_input(self, c: Candidate, node: fx.Node) -> fx.Node:
+        # A choice comes right after its options.
+        inputs = [n for n in node.all_input_nodes if not is_constant(n)]
+        return max(inputs, key=self.structure.rank.__getitem__)
+
+    def _find_readers(self, node: fx.Node) -> list[Reader]:
+        users = self._users(node)
+        found = [
+            reader.only(partial(self._takes, choice=user, option=node))
+            for user in users if is_choice(user) for reader in self.readers(user)
+        ]  # fmt: skip
+        by_choice: dict[fx.Node, dict[fx.Node, list[fx.Node]]] = {}
+        alone = []
+        for user in users:
+            gates = self._gates.get(user, [])
+            options = gates[0][1] if len(gates) == 1 else None
+            if options is not None and len(options) == 1:
+                by_choice.setdefault(gates[0][0], {}).setdefault(next(iter(options)), []).append(user)
+            elif not is_choice(user):
+                alone.append(user)
+        for choice, by_option in by_choice.items():
+            if set(by_option) == set(options_of(choice)) and all(len(own) == 1 for own in by_option.values()):
+                nodes = {option: own[0] for option, own in by_option.items()}
+                which = partial(self._reading, choice=choice, nodes=nodes)
+                found.append(Reader(tuple(nodes.values()), partial(self._runs, node=choice), which))
+            else:
+                alone += [user for own in by_option.values() for user in own if not is_choice(user)]
+        return found + [Reader((user,), partial(self._runs, node=user)) for user in alone]
+
+    def _takes(self, c: Candidate, choice: fx.Node, option: fx.Node) -> bool:
+        return not self.dropped(c, choice) and self.taken(c, choice) is option
+
+    def _reading(self, c: Candidate, choice: fx.Node, nodes: dict[fx.Node, fx.Node]) -> fx.Node:
+        return nodes[self.taken(c, choice)]
 
     def sources(self, node: fx.Node) -> list[str]:
         if is_choice(node) and node not in self._sources:
@@ -75,21 +169,27 @@ class ChosenExecution(Execution):
             self._sources[node] = list(dict.fromkeys(path for n in options for path in self.sources(n)))
         return super().sources(node)
 
-    def _ways(self, structure: Clustered) -> dict[fx.Node, list[tuple[fx.Node, fx.Node]]]:
-        """Node → the choices that it is read by, through nothing but ordinary nodes, and as which option.
+    def _ways(self, structure: Clustered) -> dict[fx.Node, list[Gate]]:
+        """Node → the choices that it is read by, through nothing but ordinary nodes.
 
         The last choice comes first: whether a stage ends before a block is asked before what the block is.
         """
-        found: dict[fx.Node, dict[tuple[fx.Node, fx.Node], None]] = {}
+        found: dict[fx.Node, dict[fx.Node, set[fx.Node]]] = {}
         for node in reversed(structure.nodes):
-            own: dict[tuple[fx.Node, fx.Node], None] = {}
+            own = found[node] = {}
             for user in node.users:
-                if user.op == "output":
-                    continue
-                own.update({(user, node): None} if is_choice(user) else found[user])
-            found[node] = own
-        rank = structure.rank
-        return {node: sorted(own, key=lambda gate: -rank[gate[0]]) for node, own in found.items()}
+                if is_choice(user):
+                    own.setdefault(user, set()).add(node)
+                elif user.op != "output":
+                    for choice, options in found[user].items():
+                        own.setdefault(choice, set()).update(options)
+        return {
+            node: [
+                (choice, None if own[choice] >= set(options_of(choice)) else frozenset(own[choice]))
+                for choice in sorted(own, key=structure.rank.__getitem__, reverse=True)
+            ]
+            for node, own in found.items()
+        }
 
 
 def _always(structure: Clustered) -> set[fx.Node]:

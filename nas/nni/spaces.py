@@ -298,6 +298,11 @@ class NniSpace(TracedSpace):
             lines.append(f"grey images are given to the model as {self._colours} channels")
         repeated = [self._inner(path) for path in self.structure.layers if self._run.repeated(path)]
         lines += [f"{path}: stays in fp32 and whole, it is called several times" for path in repeated]
+        if self._run.taken_for_run:
+            lines.append(
+                f"{len(self._run.taken_for_run)} operators are priced even where nothing reads their result, because "
+                "too many labels decide that"
+            )
         return lines + self.structure.axes.notes
 
 
