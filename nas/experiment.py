@@ -18,6 +18,7 @@ from nas.tabular import PublishedSpace
 SCHEMA = "docs/experiment.md"
 FIRST = ("warm", "enqueue", "earlier")
 DERIVED = "derived"  # the space that is made of a user's model
+NNI = "nni"  # the space that is made of a model space of NNI's
 
 
 class Section(BaseModel):
@@ -47,7 +48,8 @@ class TaskSection(OpenSection):
 class SpaceSection(OpenSection):
     """Search space by name, path or ``module:name``. Further keys go to the space.
 
-    With ``model`` and ``weights`` and without a name it is the space of that model, ``derived``.
+    With ``model`` and ``weights`` and without a name it is the space of that model, ``derived``; with ``nni`` that
+    model space of NNI's.
     """
 
     name: str
@@ -55,7 +57,11 @@ class SpaceSection(OpenSection):
     @model_validator(mode="before")
     @classmethod
     def _own(cls, raw: Any) -> Any:
-        return {"name": DERIVED, **raw} if isinstance(raw, dict) and "model" in raw else raw
+        if isinstance(raw, dict):
+            for key, name in (("model", DERIVED), ("nni", NNI)):
+                if key in raw:
+                    return {"name": name, **raw}
+        return raw
 
 
 class DeviceSection(Section):

@@ -5,9 +5,32 @@ The one room that imports ``nni``, an extra (``pip install 'latency-nas[nni]'``)
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from nas.errors import ExtraError
 
-__all__ = ["require"]
+if TYPE_CHECKING:
+    from nas.nni.masks import load_masks, masked
+    from nas.nni.pruners import Layer, Speedup, shrink, sparse_plan, speedup, to_onnx
+    from nas.nni.spaces import NniSpace
+
+__all__ = [
+    "Layer", "NniSpace", "Speedup", "load_masks", "masked", "require", "shrink", "sparse_plan", "speedup", "to_onnx",
+]  # fmt: skip
+
+_HOMES = {
+    "NniSpace": "spaces", "load_masks": "masks", "masked": "masks", "Layer": "pruners", "Speedup": "pruners",
+    "shrink": "pruners", "sparse_plan": "pruners", "speedup": "pruners", "to_onnx": "pruners",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "NniSpace":
+        require("A model space of NNI")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def require(what: str) -> None:
