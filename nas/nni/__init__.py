@@ -6,6 +6,7 @@ The one room that imports ``nni``, an extra (``pip install 'latency-nas[nni]'``)
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import ExtraError
@@ -43,6 +44,10 @@ def require(what: str) -> None:
         ExtraError: it is not.
     """
     try:
-        import nni.mutable  # noqa: F401
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of versions that NNI does not know, which nobody can do anything about
+            import nni.nas.nn.pytorch  # noqa: F401
     except ImportError as error:
-        raise ExtraError(f"{what} needs the package nni.", remedy="pip install 'latency-nas[nni]'") from error
+        raise ExtraError(
+            f"{what} needs the package nni and what it imports: {error}.", remedy="pip install 'latency-nas[nni]'"
+        ) from error
