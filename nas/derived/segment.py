@@ -202,12 +202,13 @@ def _counts(structure: Clustered, cluster: Cluster, single: Sizes, plan: Plan) -
     """MACs of a sample and deployed parameters, counted as :func:`nas.student.export.onnx_macs_params` does."""
     macs = params = 0
     for node in cluster.nodes:
-        more = _layer_counts(structure, node, single, plan) or _operator_counts(structure, node, single)
+        more = layer_counts(structure, node, single, plan) or _operator_counts(structure, node, single)
         macs, params = macs + more[0], params + more[1]
     return macs, params
 
 
-def _layer_counts(structure: Clustered, node: fx.Node, single: Sizes, plan: Plan) -> tuple[int, int] | None:
+def layer_counts(structure: Clustered, node: fx.Node, single: Sizes, plan: Plan) -> tuple[int, int] | None:
+    """MACs of a sample and deployed parameters of a layer; nothing where a node calls none that has any."""
     layer, path = structure.layer(node), str(node.target)
     if isinstance(layer, nn.Conv2d | nn.Conv1d | nn.Linear):
         x, out = (dim.sized(single) for dim in structure.axes.layers[path])

@@ -14,16 +14,22 @@ from nas.errors import ExtraError
 if TYPE_CHECKING:
     from nas.nni.masks import load_masks, masked
     from nas.nni.pruners import Layer, Speedup, shrink, sparse_plan, speedup, to_onnx
+    from nas.nni.quantizers import QuantizedModel, calibration_json, load_state, quantized_onnx
     from nas.nni.spaces import NniSpace
 
-__all__ = [
-    "Layer", "NniSpace", "Speedup", "load_masks", "masked", "require", "shrink", "sparse_plan", "speedup", "to_onnx",
-]  # fmt: skip
-
+#: Name → the module of this room that has it.
 _HOMES = {
-    "NniSpace": "spaces", "load_masks": "masks", "masked": "masks", "Layer": "pruners", "Speedup": "pruners",
-    "shrink": "pruners", "sparse_plan": "pruners", "speedup": "pruners", "to_onnx": "pruners",
+    "NniSpace": "spaces",
+    "load_masks": "masks", "masked": "masks",
+    "Layer": "pruners", "Speedup": "pruners", "shrink": "pruners", "sparse_plan": "pruners", "speedup": "pruners",
+    "to_onnx": "pruners",
+    "QuantizedModel": "quantizers", "calibration_json": "quantizers", "load_state": "quantizers",
+    "quantized_onnx": "quantizers",
 }  # fmt: skip
+__all__ = [
+    "Layer", "NniSpace", "QuantizedModel", "Speedup", "calibration_json", "load_masks", "load_state", "masked",
+    "quantized_onnx", "require", "shrink", "sparse_plan", "speedup", "to_onnx",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

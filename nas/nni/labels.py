@@ -133,10 +133,11 @@ def _values(label: str, mutable: LabeledMutable) -> dict[Value, Any]:
 
 def _subsets(label: str, mutable: CategoricalMultiple) -> dict[Value, Any]:
     values = list(mutable.values)
-    counts = range(len(values) + 1) if mutable.n_chosen is None else [mutable.n_chosen]
+    # No input at all is left out: it reduces to nothing that a forward could go on with.
+    counts = range(1, len(values) + 1) if mutable.n_chosen is None else [mutable.n_chosen]
     if sum(math.comb(len(values), n) for n in counts) > MOST:
         raise SpaceError(f"Label {label!r} chooses among more than {MOST} sets of inputs.", remedy="fewer inputs")
     subsets = [list(chosen) for n in counts for chosen in itertools.combinations(values, n)]
     if mutable.n_chosen == 1:
         return {chosen[0]: chosen for chosen in subsets}
-    return {"+".join(map(str, chosen)) or "none": chosen for chosen in subsets}
+    return {"+".join(map(str, chosen)): chosen for chosen in subsets}

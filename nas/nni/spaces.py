@@ -7,6 +7,7 @@ parts are read off it. What is trained is the model that NNI itself makes of the
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,21 +22,24 @@ from torch import nn
 from nas import members
 from nas.derived.clusters import Clustered
 from nas.derived.execution import FULL
-from nas.derived.traced import TracedSpace, check_shares
+from nas.derived.segment import layer_counts
+from nas.derived.traced import TracedSpace, check_shares, variables_of
 from nas.errors import ContentError, NasError, SpaceError
 from nas.genes import Genomes
 from nas.nni.execution import ChosenExecution
 from nas.nni.labels import Labels, Table
 from nas.nni.union import MADE, Union
 from nas.registry import import_object
-from nas.space import Candidate, Choice, TaskInfo, Training, Treatment
+from nas.space import Candidate, Choice, TaskInfo, Training, Treatment, Value
 from nas.tracing.dims import Var
+from nas.tracing.layers import is_depthwise
 from nas.tracing.structure import Group
 from nas.tracing.trace import trace
 
 HUB = "nni_hub"  # short for the module of NNI's own spaces
 LADDER = 512  # random models among which teachers and uniform members are looked for
 STEPS = 12
+TRIED = 3  # random models that are compared with NNI's own
 NET = "net"  # where a space's model lies in what is trained
 
 
@@ -133,6 +137,7 @@ class NniSpace(TracedSpace):
         self._share_more_bits()
         # What is pruned away is neither split nor quantised.
         self.treatments = {**self._taking(), **self._pruning(), **self._layer_treatments()}
+        self._check_followed()
 
     # ---- what may be chosen --------------------------------------------------------------------------
 
@@ -184,15 +189,16 @@ class NniSpace(TracedSpace):
             if place not in self.structure.axes.layers:
                 continue
             made = sizes.get(MADE.get(type(self.structure.modules[place]), ""))
+            if made is None or made.constant:
+                continue
             terms = self.structure.axes.layers[place][1].terms
-            if made is None or made.constant or len(terms) != 1 or len(terms[0]) != 1:
-                continue
-            variable = terms[0][0]
-            if not isinstance(variable, Var):
-                continue
-            if variable.tied:
+            if len(terms) > 1:
+                continue  # a concatenation is added to it, whose sizes are chosen themselves
+            variable = terms[0][0] if len(terms[0]) == 1 else None
+            if not isinstance(variable, Var) or variable.tied:
+                why = variable.tied if isinstance(variable, Var) else "the forward takes them apart"
                 raise SpaceError(
-                    f"{path} has a chosen number of outputs ({', '.join(made.labels)}), but {variable.tied}.",
+                    f"{path} has a number of outputs that {' and '.join(made.labels)} chooses, but {why}.",
                     expected="sizes that the forward does not fix",
                 )
             if max(made.values.values()) > variable.size:
@@ -214,6 +220,59 @@ class NniSpace(TracedSpace):
                 found[v] = size
         return found
 
+    def _check_followed(self) -> None:
+        """See that some models of the space are what the union says: a forward may do more with its labels."""
+        rng = np.random.default_rng(0)
+        largest = self.labels.largest()
+        own = self.labels.choices
+        drawn = [{c.name: c.values[int(rng.integers(len(c.values)))] for c in own} for _ in range(TRIED)]
+        for values in (largest, *drawn):
+            real = self._real_macs(values)
+            for path, macs in self._said_macs(Candidate({**self._plain, **values})).items():
+                if real.get(path) != macs:
+                    raise SpaceError(
+                        f"A forward of {type(self.model_space).__name__} cannot be followed: with {values} "
+                        f"{self._inner(path)} makes {real.get(path, 0)} multiplications, and {macs} by its labels.",
+                        expected="labels that act through LayerChoice, InputChoice, Repeat, Cell and Mutable layers",
+                    )
+
+    @property
+    def _plain(self) -> dict[str, Value]:
+        return {c.name: c.values[0] if c.plain is None else c.plain for c in self.choices}
+
+    def _said_macs(self, c: Candidate) -> dict[str, int]:
+        """Layer that a candidate runs → its multiplications for one sample, by the union."""
+        structure, found = self.structure, dict[str, int]()
+        for path in structure.layers:
+            for node in structure.calls[path]:
+                if not self._run.dropped(c, node):
+                    variables = variables_of([*structure.axes.layers[path], *structure.axes.of[node]])
+                    sizes = {**self._sizes(c, variables), structure.axes.batch: 1}
+                    macs = (layer_counts(structure, node, sizes, {}) or (0, 0))[0]
+                    found[self._named(path)] = found.get(self._named(path), 0) + macs
+        return found
+
+    def _real_macs(self, values: Mapping[str, Value]) -> dict[str, int]:
+        """The same of NNI's model, by running it; what nothing reads is among it."""
+        model, found = Preprocessed(self._model(values), self.task, self._colours).eval(), dict[str, int]()
+
+        def count(layer: Any, args: Any, out: torch.Tensor, path: str) -> None:
+            outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+            found[path] = found.get(path, 0) + out[0].numel() * layer.weight.numel() // outputs
+
+        for path, layer in model.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.register_forward_hook(partial(count, path=path))
+        try:
+            with torch.no_grad():
+                model(self.task.random(1, seed=0))
+        except Exception as error:  # whatever the user's forward raises
+            raise SpaceError(
+                f"A model of {type(self.model_space).__name__} fails with {dict(values)}: {error}.",
+                expected="models for all values of the labels",
+            ) from error
+        return found
+
     # ---- what is trained -----------------------------------------------------------------------------------
 
     def _taking(self) -> dict[str, Treatment]:
@@ -227,28 +286,50 @@ class NniSpace(TracedSpace):
 
     def _pruning(self) -> dict[str, Treatment]:
         return {
-            f"{group.name}.prune": partial(self._pruned, group=group)
+            f"{group.name}.prune": partial(self._pruned, group=group, makers=self._makers(group))
             for group in self.structure.groups if group.variable in self._gene_of
         }  # fmt: skip
 
-    def _pruned(self, c: Candidate, group: Group) -> Training | None:
-        path = group.name.partition("/")[0].removesuffix(f".{group.variable.role}")
-        gene = self._gene_of[group.variable]
-        if gene not in self._run.offered or self._run.dropped(c, self.structure.calls[path][0]):
+    def _makers(self, group: Group) -> list[str]:
+        """Layers that make the outputs of a group; where they are alternatives, a candidate has one of them."""
+        structure = self.structure
+        return [
+            path for path in group.layers
+            if group.variable in structure.axes.layers[path][1].variables and path in structure.calls
+            and not _is_depthwise(structure.modules[path])
+        ]  # fmt: skip
+
+    def _pruned(self, c: Candidate, group: Group, makers: list[str]) -> Training | None:
+        variable, gene = group.variable, self._gene_of[group.variable]
+        if gene not in self._run.offered:
             return None
-        table = self._size_of.get(group.variable)
-        size = group.variable.size if table is None else int(table(c))
-        keep = self.kept(size, float(c[gene]), group.variable.role)
-        name = self._named(path) + (f".{group.variable.role}" if group.variable.role else "")
+        maker = next((path for path in makers if not self._run.dropped(c, self.structure.calls[path][0])), None)
+        if maker is None:
+            return None
+        table = self._size_of.get(variable)
+        size = variable.size if table is None else int(table(c))
+        keep = self.kept(size, float(c[gene]), variable.role)
+        name = self._named(maker) + (f".{variable.role}" if variable.role else "")
         return None if keep == size else Training(compression={"channel_prune": {name: keep}})
 
     def build(self, candidate: Candidate) -> nn.Module:
         genome = self.encode(candidate)
         active = dict(zip(self.position, self.active(genome)[0], strict=True))
         values = {c.name: candidate[c.name] if active[c.name] else c.values[0] for c in self.labels.choices}
+        return trace(Preprocessed(self._model(values), self.task, self._colours), self.task.random(2, seed=0))
+
+    def _model(self, values: Mapping[str, Value]) -> nn.Module:
+        """What NNI makes of the labels' values. It leaves modules without labels in common with the space."""
         with _quiet():
-            model = self.model_space.freeze(self.labels.sample(values))
-        return trace(Preprocessed(model, self.task, self._colours), self.task.random(2, seed=0))
+            try:
+                model: nn.Module = copy.deepcopy(self.model_space.freeze(self.labels.sample(values)))
+            except Exception as error:  # whatever the user's modules raise
+                raise SpaceError(
+                    f"{type(self.model_space).__name__} does not freeze with {dict(values)}: "
+                    f"{type(error).__name__}: {error}.",
+                    expected="models for all values of the labels",
+                ) from error
+        return model
 
     # ---- members that are there by hand ----------------------------------------------------------------------
 
@@ -317,7 +398,8 @@ def _quiet() -> Iterator[None]:
 def _made(path: str, args: Mapping[str, Any], task: TaskInfo) -> ModelSpace:
     """The model space that ``module:name`` means."""
     module, _, name = path.partition(":")
-    with _quiet():
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what has no labels starts alike in every process
         factory = import_object(f"nni.nas.hub.pytorch:{name}" if module == HUB else path, "model space")
         if isinstance(factory, ModelSpace):
             return factory
@@ -338,3 +420,7 @@ def _made(path: str, args: Mapping[str, Any], task: TaskInfo) -> ModelSpace:
             "function that makes one",
         )  # fmt: skip
     return space
+
+
+def _is_depthwise(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv1d | nn.Conv2d) and is_depthwise(layer)

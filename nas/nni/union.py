@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -32,23 +33,60 @@ MADE = {nn.Conv1d: "out_channels", nn.Conv2d: "out_channels", nn.Linear: "out_fe
 VARIANTS = 64  # of a module with labels of its own
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What a candidate takes one of.
+
+    Attributes:
+        number: in :attr:`Union.decisions`.
+        labels: that decide it, for messages.
+    """
+
+    number: int
+    labels: str
+
+    def of(self, values: list[Any]) -> Any:
+        """A choice among tensors, or among lists of them, place by place.
+
+        Raises:
+            SpaceError: they are no tensors, or of different shapes.
+        """
+        if len(values) == 1:
+            return values[0]
+        if isinstance(values[0], list | tuple):
+            return type(values[0])(self.of(list(own)) for own in zip(*values, strict=True))
+        if not all(isinstance(value, Tensor) for value in values):
+            raise SpaceError(
+                f"What {self.labels} chooses gives a {type(values[0]).__name__}.",
+                expected="a tensor, or a list of tensors",
+            )
+        shapes = list(dict.fromkeys(tuple(value.shape[1:]) for value in values))
+        if len(shapes) > 1:
+            raise SpaceError(
+                f"What {self.labels} chooses has other shapes for other values: "
+                f"{', '.join(str(list(shape)) for shape in shapes)}.",
+                expected="alternatives that can take each other's place; widths are chosen as sizes of Mutable layers",
+            )
+        return choose(values, self.number)
+
+
 class Alternatives(nn.Module):
     """Modules of which a candidate has one; all see the same arguments."""
 
-    def __init__(self, options: dict[str, nn.Module], which: int) -> None:
+    def __init__(self, options: dict[str, nn.Module], which: Decision) -> None:
         super().__init__()
         for name, option in options.items():
             self.add_module(name, option)
         self.names, self.which = list(options), which
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _either([getattr(self, name)(*args, **kwargs) for name in self.names], self.which)
+        return self.which.of([getattr(self, name)(*args, **kwargs) for name in self.names])
 
 
 class Inputs(nn.Module):
     """Sets of inputs of which a candidate reduces one."""
 
-    def __init__(self, subsets: Sequence[Sequence[int]], reduction: str, which: int) -> None:
+    def __init__(self, subsets: Sequence[Sequence[int]], reduction: str, which: Decision) -> None:
         super().__init__()
         self.subsets, self.reduction, self.which = subsets, reduction, which
 
@@ -57,13 +95,13 @@ class Inputs(nn.Module):
             ChosenInputs._tensor_reduction(cast(Any, self.reduction), [candidates[i] for i in subset])
             for subset in self.subsets
         ]
-        return _either(reduced, self.which)
+        return self.which.of(reduced)
 
 
 class Depths(nn.Module):
     """Blocks of which a candidate has the first few."""
 
-    def __init__(self, blocks: Sequence[nn.Module], depths: Sequence[int], which: int) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], depths: Sequence[int], which: Decision) -> None:
         super().__init__()
         for i, block in enumerate(blocks):
             self.add_module(str(i), block)
@@ -73,13 +111,13 @@ class Depths(nn.Module):
         after = [x]
         for i in range(max(self.depths)):
             after.append(getattr(self, str(i))(after[-1]))
-        return _either([after[depth] for depth in self.depths], self.which)
+        return self.which.of([after[depth] for depth in self.depths])
 
 
 class UnionCell(nn.Module):
     """A cell whose operators depend on the input that they read: every operator for every input."""
 
-    def __init__(self, cell: Cell, ops: Sequence[Sequence[nn.ModuleList]], which: Sequence[Sequence[int]]) -> None:
+    def __init__(self, cell: Cell, ops: Sequence[Sequence[nn.ModuleList]], which: Sequence[Sequence[Decision]]) -> None:
         super().__init__()
         self.preprocessor, self.postprocessor = cell.preprocessor, cell.postprocessor
         self.predecessors, self.concat_dim, self.which = cell.num_predecessors, cell.concat_dim, which
@@ -91,23 +129,12 @@ class UnionCell(nn.Module):
         states = list(self.preprocessor(given))
         for ops, which in zip(self.ops, self.which, strict=True):
             found = [
-                _either([op(state) for op, state in zip(cast(nn.ModuleList, own), states, strict=True)], number)
-                for own, number in zip(cast(nn.ModuleList, ops), which, strict=True)
+                decision.of([op(state) for op, state in zip(cast(nn.ModuleList, own), states, strict=True)])
+                for own, decision in zip(cast(nn.ModuleList, ops), which, strict=True)
             ]
             states.append(torch.sum(torch.stack(found), 0))
         cell = torch.cat([states[i] for i in self.output_node_indices], self.concat_dim)
         return self.postprocessor(cell, given)
-
-
-def _either(values: list[Any], which: int) -> Any:
-    """A choice among tensors, or among lists of them, place by place."""
-    if len(values) == 1:
-        return values[0]
-    if isinstance(values[0], Tensor):
-        return choose(values, which)
-    if isinstance(values[0], list | tuple):
-        return type(values[0])(_either(list(own), which) for own in zip(*values, strict=True))
-    raise SpaceError(f"An alternative gives a {type(values[0]).__name__}.", expected="a tensor, or a list of tensors")
 
 
 class Union:
@@ -184,12 +211,12 @@ class Union:
             module._modules[name] = self._of(child, f"{path}.{name}" if path else name)
         return module
 
-    def _decided(self, table: Table, place: Callable[[Any], int]) -> int:
-        """Number of the decision that takes the option at the place of each value."""
+    def _decided(self, table: Table, place: Callable[[Any], int]) -> Decision:
+        """The decision that takes the option at the place of each value."""
         self.decisions.append(Table(table.labels, {key: place(value) for key, value in table.values.items()}))
-        return len(self.decisions) - 1
+        return Decision(len(self.decisions) - 1, " and ".join(table.labels) or "nothing")
 
-    def _alternatives(self, options: dict[str, nn.Module], path: str, which: int) -> nn.Module:
+    def _alternatives(self, options: dict[str, nn.Module], path: str, which: Decision) -> nn.Module:
         self.homes.add(path)
         self._options.update(f"{path}.{name}" for name in options)
         return Alternatives(options, which)
@@ -225,7 +252,7 @@ class Union:
         module.preprocessor = self._of(module.preprocessor, f"{path}.preprocessor")
         module.postprocessor = self._of(module.postprocessor, f"{path}.postprocessor")
         ops: list[list[nn.ModuleList]] = []
-        which: list[list[int]] = []
+        which: list[list[Decision]] = []
         for i, (inputs, choices) in enumerate(zip(cast(Any, module.inputs), cast(Any, module.ops), strict=True)):
             ops.append([])
             which.append([])

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from nas.errors import CompressionError
+from nas.errors import CompressionError, NasError
 from nas.tracing.alternatives import sink
 
 #: Layers that stay layers, and the operator that is each one's whole forward. Of any other module the operators are
@@ -97,7 +97,7 @@ def _exported(model: nn.Module, x: torch.Tensor) -> Any:
                 )
             dynamic = ({0: torch.export.Dim.DYNAMIC},)
             return torch.export.export(model, (x,), dynamic_shapes=dynamic, strict=False)
-    except CompressionError:
+    except NasError:
         raise
     except Exception as error:
         raise CompressionError(
