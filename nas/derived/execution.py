@@ -33,19 +33,24 @@ class Reader:
     Attributes:
         nodes: in other clusters, or the output.
         runs: whether it does, for a candidate.
+        which: of the nodes a candidate has.
+        labels: choices that tell whether it is run, where those are many.
+        first: whether to ask first if it is run, and then what it wants.
     """
 
     nodes: tuple[fx.Node, ...]
     runs: Condition
     which: Callable[[Candidate], fx.Node] | None = None
+    labels: frozenset[str] = frozenset()
+    first: bool = True
 
     def taken(self, c: Candidate) -> fx.Node:
         """The one that a candidate has."""
         return self.nodes[0] if self.which is None else self.which(c)
 
-    def only(self, condition: Condition) -> Reader:
-        """The reader, where a further condition holds."""
-        return replace(self, runs=partial(_both, one=condition, other=self.runs))
+    def only(self, condition: Condition, labels: frozenset[str] = frozenset()) -> Reader:
+        """The reader, where a further condition holds, which may read ``labels``."""
+        return replace(self, runs=partial(_both, one=condition, other=self.runs), labels=self.labels | labels)
 
 
 class Execution:
@@ -188,7 +193,7 @@ class Execution:
         if not self.quantized(c, node.all_input_nodes[0], asked=True):
             return asked
         readers = self.readers(self.home[node].nodes[-1])
-        return asked if any(not self.wants(c, r, asked=True) and r.runs(c) for r in readers) else 8
+        return asked if any(self.is_there(c, reader, asked=True, integers=False) for reader in readers) else 8
 
     def integers(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
         """Whether a node's value is integers: convolutions', and what only passes them on.
@@ -230,7 +235,13 @@ class Execution:
 
     def wanted(self, c: Candidate, node: fx.Node, asked: bool = False) -> bool:
         """Whether some reader of a value computes in integers."""
-        return any(self.wants(c, reader, asked) and reader.runs(c) for reader in self.readers(node))
+        return any(self.is_there(c, reader, asked, integers=True) for reader in self.readers(node))
+
+    def is_there(self, c: Candidate, reader: Reader, asked: bool, integers: bool) -> bool:
+        """Whether a candidate runs a reader that computes in integers, or in floats."""
+        if reader.first:
+            return reader.runs(c) and self.wants(c, reader, asked) == integers
+        return self.wants(c, reader, asked) == integers and reader.runs(c)
 
     def wants(self, c: Candidate, reader: Reader, asked: bool = False) -> bool:
         """Whether a reader computes in integers what it is given; the output does not.

@@ -204,9 +204,9 @@ class TracedSpace(SearchSpace):
 
         The quantiser lets all readers of a value read what was quantised for one of them.
         """
-        if not self._flows(c, node) or self._run.wants(c, reader):
+        if not self._flows(c, node) or not self._run.is_there(c, reader, asked=False, integers=False):
             return None
-        if not (self._run.integers(c, node) or self._run.wanted(c, node)) or not reader.runs(c):
+        if not (self._run.integers(c, node) or self._run.wanted(c, node)):
             return None
         return self._crossing(c, "dequantize", node, variables)
 

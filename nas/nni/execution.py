@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import fx, nn
@@ -20,6 +21,7 @@ from nas.tracing.trace import is_constant
 Gate = tuple[fx.Node, frozenset[fx.Node] | None]
 
 
+FEW = 16  # combinations of labels that are read before the bits of what they decide
 DECIDING = 1_000  # combinations of labels that decide whether a node is run
 
 
@@ -43,27 +45,24 @@ class ChosenExecution(Execution):
         self.choices = [node for node in structure.nodes if is_choice(node)]
         always = _always(structure)
         self._gates = {node: gates for node, gates in self._ways(structure).items() if node not in always}
+        self._sizes = {
+            label: len({key[i] for key in table.values}) for table in decisions for i, label in enumerate(table.labels)
+        }
+        self._deciding: dict[fx.Node, frozenset[str]] = {}
         self.taken_for_run = self._bound()
 
     def _bound(self) -> list[fx.Node]:
         """Let nodes count as run where whether they are depends on more than :data:`DECIDING` combinations."""
-        sizes: dict[str, int] = {}
-        for table in self._decisions:
-            for i, label in enumerate(table.labels):
-                sizes[label] = len({key[i] for key in table.values})
-        read: dict[fx.Node, set[str]] = {}
         given_up = []
         for node in sorted(self._gates, key=self.structure.rank.__getitem__, reverse=True):
-            own: set[str] = set()
+            own: frozenset[str] = frozenset()
             for choice, options in self._gates[node]:
-                own |= read.get(choice, set())
-                if options is not None:
-                    own |= set(self._decisions[decision_of(choice)].labels)
-            if math.prod(sizes[label] for label in own) > DECIDING:
+                own |= self._labels(choice) | (frozenset() if options is None else self._decided_by(choice))
+            if math.prod(self._sizes[label] for label in own) > DECIDING:
                 given_up.append(node)
                 del self._gates[node]
             else:
-                read[node] = own
+                self._deciding[node] = own
         return given_up
 
     def taken(self, c: Candidate, node: fx.Node) -> fx.Node:
@@ -136,7 +135,7 @@ class ChosenExecution(Execution):
     def _find_readers(self, node: fx.Node) -> list[Reader]:
         users = self._users(node)
         found = [
-            reader.only(partial(self._takes, choice=user, option=node))
+            reader.only(partial(self._takes, choice=user, option=node), self._labels(user) | self._decided_by(user))
             for user in users if is_choice(user) for reader in self.readers(user)
         ]  # fmt: skip
         by_choice: dict[fx.Node, dict[fx.Node, list[fx.Node]]] = {}
@@ -152,10 +151,26 @@ class ChosenExecution(Execution):
             if set(by_option) == set(options_of(choice)) and all(len(own) == 1 for own in by_option.values()):
                 nodes = {option: own[0] for option, own in by_option.items()}
                 which = partial(self._reading, choice=choice, nodes=nodes)
-                found.append(Reader(tuple(nodes.values()), partial(self._runs, node=choice), which))
+                runs = partial(self._runs, node=choice)
+                found.append(Reader(tuple(nodes.values()), runs, which, self._labels(choice)))
             else:
                 alone += [user for own in by_option.values() for user in own if not is_choice(user)]
-        return found + [Reader((user,), partial(self._runs, node=user)) for user in alone]
+        found += [Reader((user,), partial(self._runs, node=user), labels=self._labels(user)) for user in alone]
+        # A depth is read, rather than the bits of blocks beyond it; not so the inputs of all operators of a cell.
+        read: frozenset[str] = frozenset()
+        ordered = sorted(found, key=lambda reader: len(reader.labels))
+        for i, reader in enumerate(ordered):
+            few = math.prod(self._sizes[label] for label in read | reader.labels) <= FEW
+            read |= reader.labels if few else frozenset()
+            ordered[i] = replace(reader, first=few)
+        return ordered
+
+    def _labels(self, node: fx.Node) -> frozenset[str]:
+        """Labels that may have to be read to tell whether a node is run."""
+        return self._deciding.get(node, frozenset())
+
+    def _decided_by(self, choice: fx.Node) -> frozenset[str]:
+        return frozenset(self._decisions[decision_of(choice)].labels)
 
     def _takes(self, c: Candidate, choice: fx.Node, option: fx.Node) -> bool:
         return not self.dropped(c, choice) and self.taken(c, choice) is option

@@ -24,7 +24,7 @@ from nas.derived.clusters import Clustered
 from nas.derived.execution import FULL
 from nas.derived.segment import layer_counts
 from nas.derived.traced import TracedSpace, check_shares, variables_of
-from nas.errors import ContentError, NasError, SpaceError
+from nas.errors import CompressionError, ContentError, NasError, SpaceError
 from nas.genes import Genomes
 from nas.nni.execution import ChosenExecution
 from nas.nni.labels import Labels, Table
@@ -39,6 +39,7 @@ from nas.tracing.trace import trace
 HUB = "nni_hub"  # short for the module of NNI's own spaces
 LADDER = 512  # random models among which teachers and uniform members are looked for
 STEPS = 12
+SHOWN = 8  # labels in a message
 TRIED = 3  # random models that are compared with NNI's own
 NET = "net"  # where a space's model lies in what is trained
 
@@ -87,7 +88,6 @@ class NniSpace(TracedSpace):
         ExtraError: NNI is not installed.
         ContentError: the space cannot be imported or made.
         SpaceError: the space has what cannot be listed or followed; the message names it.
-        CompressionError: a forward of it cannot be traced.
     """
 
     name = "nni"
@@ -112,12 +112,10 @@ class NniSpace(TracedSpace):
         self.task, self.multiple, self._skip = task, multiple, tuple(skip)
         self.model_space = nni if isinstance(nni, ModelSpace) else _made(str(nni), args or {}, task)
         self.labels = Labels(self.model_space)
+        self._colours = _wanted_colours(self.model_space, task)
+        real = [(values, self._real_macs(values)) for values in self._some()]
         self._union = Union(self.model_space, self.labels)
-        self._colours = self._wanted_colours()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            union = Preprocessed(self._union.module, task, self._colours)
-            self.structure = Clustered(union, task.random(2, seed=0))
+        self.structure = self._side_by_side()
         self._check_classes()
         self._run: ChosenExecution = ChosenExecution(self.structure, self._union.decisions, only=int(bits[0]))
         self._size_of = self._chosen_sizes()
@@ -137,17 +135,23 @@ class NniSpace(TracedSpace):
         self._share_more_bits()
         # What is pruned away is neither split nor quantised.
         self.treatments = {**self._taking(), **self._pruning(), **self._layer_treatments()}
-        self._check_followed()
+        self._check_followed(real)
 
     # ---- what may be chosen --------------------------------------------------------------------------
 
-    def _wanted_colours(self) -> int:
-        """Channels that the model wants: the data's, or three where those are grey and the model takes no grey."""
-        channels = self.task.input_shape[0]
-        if len(self.task.input_shape) != 3 or channels != 1:
-            return channels
-        first = next((m for m in self._union.module.modules() if isinstance(m, nn.Conv2d)), None)
-        return 3 if first is not None and first.in_channels == 3 else channels
+    def _side_by_side(self) -> Clustered:
+        union = Preprocessed(self._union.module, self.task, self._colours)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return Clustered(union, self.task.random(2, seed=0))
+        except CompressionError as error:
+            raise SpaceError(
+                f"{type(self.model_space).__name__} cannot be followed with its alternatives side by side, at the "
+                f"largest sizes: {error.found}",
+                expected="one tensor in, one tensor out, no control flow that depends on values, and sizes that labels "
+                "choose of Mutable layers alone, not of parameters that a module makes itself",
+            ) from error
 
     def _inner(self, path: str) -> str:
         return path.removeprefix(f"{NET}.")
@@ -220,19 +224,20 @@ class NniSpace(TracedSpace):
                 found[v] = size
         return found
 
-    def _check_followed(self) -> None:
-        """See that some models of the space are what the union says: a forward may do more with its labels."""
-        rng = np.random.default_rng(0)
-        largest = self.labels.largest()
-        own = self.labels.choices
-        drawn = [{c.name: c.values[int(rng.integers(len(c.values)))] for c in own} for _ in range(TRIED)]
-        for values in (largest, *drawn):
-            real = self._real_macs(values)
+    def _some(self) -> list[dict[str, Value]]:
+        """Values for the labels: the largest, and some by chance."""
+        rng, choices = np.random.default_rng(0), self.labels.choices
+        drawn = [{c.name: c.values[int(rng.integers(len(c.values)))] for c in choices} for _ in range(TRIED)]
+        return [self.labels.largest(), *drawn]
+
+    def _check_followed(self, real: Sequence[tuple[Mapping[str, Value], Mapping[str, int]]]) -> None:
+        """See that models of the space are what the union says: a forward may do more with its labels."""
+        for values, found in real:
             for path, macs in self._said_macs(Candidate({**self._plain, **values})).items():
-                if real.get(path) != macs:
+                if found.get(path) != macs:
                     raise SpaceError(
-                        f"A forward of {type(self.model_space).__name__} cannot be followed: with {values} "
-                        f"{self._inner(path)} makes {real.get(path, 0)} multiplications, and {macs} by its labels.",
+                        f"A forward of {type(self.model_space).__name__} cannot be followed: with {_shown(values)} "
+                        f"{self._inner(path)} makes {found.get(path, 0)} multiplications, and {macs} by its labels.",
                         expected="labels that act through LayerChoice, InputChoice, Repeat, Cell and Mutable layers",
                     )
 
@@ -268,7 +273,7 @@ class NniSpace(TracedSpace):
                 model(self.task.random(1, seed=0))
         except Exception as error:  # whatever the user's forward raises
             raise SpaceError(
-                f"A model of {type(self.model_space).__name__} fails with {dict(values)}: {error}.",
+                f"A model of {type(self.model_space).__name__} fails with {_shown(values)}: {error}.",
                 expected="models for all values of the labels",
             ) from error
         return found
@@ -325,7 +330,7 @@ class NniSpace(TracedSpace):
                 model: nn.Module = copy.deepcopy(self.model_space.freeze(self.labels.sample(values)))
             except Exception as error:  # whatever the user's modules raise
                 raise SpaceError(
-                    f"{type(self.model_space).__name__} does not freeze with {dict(values)}: "
+                    f"{type(self.model_space).__name__} does not freeze with {_shown(values)}: "
                     f"{type(error).__name__}: {error}.",
                     expected="models for all values of the labels",
                 ) from error
@@ -420,6 +425,21 @@ def _made(path: str, args: Mapping[str, Any], task: TaskInfo) -> ModelSpace:
             "function that makes one",
         )  # fmt: skip
     return space
+
+
+def _wanted_colours(space: nn.Module, task: TaskInfo) -> int:
+    """Channels that the model wants: the data's, or three where those are grey and the model takes no grey."""
+    channels = task.input_shape[0]
+    if len(task.input_shape) != 3 or channels != 1:
+        return channels
+    first = next((m for m in space.modules() if isinstance(m, nn.Conv2d)), None)
+    return 3 if first is not None and first.in_channels == 3 else channels
+
+
+def _shown(values: Mapping[str, Value]) -> str:
+    """The first few labels and their values, for messages."""
+    text = ", ".join(f"{label}={value!r}" for label, value in list(values.items())[:SHOWN])
+    return text + (f" and {len(values) - SHOWN} more" if len(values) > SHOWN else "")
 
 
 def _is_depthwise(layer: nn.Module) -> bool:
