@@ -28,7 +28,7 @@ from nas.compression import passes
 from nas.content import available, load_space, load_space_class
 from nas.errors import CompressionError
 from nas.evaluators import evaluators
-from nas.experiment import DERIVED, Experiment, LookupExperiment, OpenSection, apply_overrides, load_any
+from nas.experiment import DERIVED, NNI, Experiment, LookupExperiment, OpenSection, apply_overrides, load_any
 from nas.latency import LatencyTable
 from nas.latency.importers import importers
 from nas.latency.runtimes import runtimes
@@ -211,9 +211,9 @@ def check_plugins(experiment: Experiment | LookupExperiment) -> None:
     construct(rewards.get(experiment.reward.kind), experiment.reward.settings, 1.0, where="reward")
     if isinstance(experiment, LookupExperiment):
         return  # its space reads tables that are not here
-    if experiment.space.name == DERIVED:
-        check(load_space_class(DERIVED), experiment.space.settings, 1, where="space")
-        return  # its model is not here
+    if experiment.space.name in (DERIVED, NNI):
+        check(load_space_class(experiment.space.name), experiment.space.settings, 1, where="space")
+        return  # its model, or model space, is not here
     images = TaskInfo((1, 8, 8), 10)
     construct(load_space_class(experiment.space.name), experiment.space.settings, images, where="space")
 
