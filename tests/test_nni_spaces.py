@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -99,6 +100,18 @@ def test_the_hubs_largest_mobilenet_is_listed_in_little_time() -> None:
     space = NniSpace(TaskInfo((3, 64, 64), 10), nni="nni_hub:MobileNetV3Space")
     assert max(len(site.values) for site in space.compiled) < 100_000
     assert len(space.keys()) > 1000
+
+
+def test_parts_are_models_that_run(mixed: NniSpace) -> None:
+    """Of every make: with a layer and without, in floats and in integers, and between the two."""
+    keys = mixed.keys()
+    without_layer = [key for key, part in keys.items() if not part.macs]
+    for key in {*without_layer, *sorted(keys)[::12]}:
+        session = onnxruntime.InferenceSession(keys[key].to_onnx(1).SerializeToString())
+        types = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
+        shapes = {i.name: [d if isinstance(d, int) else 1 for d in i.shape] for i in session.get_inputs()}
+        feed = {i.name: np.ones(shapes[i.name], types[i.type]) for i in session.get_inputs()}
+        assert all(np.isfinite(np.asarray(y, np.float32)).all() for y in session.run(None, feed)), key
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------

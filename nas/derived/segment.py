@@ -344,6 +344,8 @@ def _in_integers(model: onnx.ModelProto) -> onnx.ModelProto:
             for i, name in enumerate(node.input):
                 if name == value.name:
                     node.input[i] = f"{value.name}_float"
+    if result in {value.name for value in graph.input}:
+        result = f"{result}_float"  # a ReLU alone
     after = helper.make_node("QuantizeLinear", [result, "scale", "zero"], ["quantized"])
     del graph.node[:]
     graph.node.extend([*before, *kept, after])
