@@ -7,6 +7,7 @@ ResNet-8 that somebody has. Latencies are predicted by the same table. Of each a
 by prediction, has the same long training, is exported, and is measured beside the others' and the teacher, interleaved.
 
 - `ours`, `random`: labels and compression are one genome; what breaks the budget by prediction is never trained.
+  `ours, labels` searches what NNI does, with NNI's one precision.
 - `NNI …`: RegularizedEvolution over the labels, run by NNI's sequential engine. NNI knows neither latency nor
   compression: it is given one precision for all layers, that at which more of the space is within the budget, and a
   metric, the accuracy or our reward R of accuracy and predicted latency. `filter` has NNI's Filter refuse what breaks
@@ -41,7 +42,7 @@ from nas.arms import measure_finalists, search_arm
 from nas.controller import best, evaluate_one
 from nas.errors import TrainingError
 from nas.evaluators import Distil
-from nas.evaluators.base import Evaluation
+from nas.evaluators.base import Evaluation, Evaluator
 from nas.executors import Serial
 from nas.experiment import load_experiment
 from nas.genes import Genomes, Value
@@ -67,8 +68,9 @@ ARGS = {
     "depth_range": [1, 2],
 }
 OURS = {"ours": "search", "random": "random"}  # as nas.arms calls them
+LABELS = "ours, labels"
 REWARD, FILTER, ACCURACY = "NNI, R", "NNI, R, filter", "NNI, accuracy"
-ARMS = ("ours", REWARD, FILTER, ACCURACY, "random")
+ARMS = ("ours", LABELS, REWARD, FILTER, ACCURACY, "random")
 SAMPLE = 5_000  # random models, for shares of the space
 
 
@@ -90,6 +92,22 @@ class Remembered(Distil):
         """What a trial's training took, also where another arm had asked for it."""
         known = self.known.get(self.space.canonical_id(np.array(trial.genome)))
         return trial.seconds if known is None else known.seconds
+
+
+@dataclass(frozen=True)
+class Within(Evaluator):
+    """Trains candidates of a part of the space as those of the whole."""
+
+    student: Remembered
+    part: SearchSpace
+    fixed: dict[str, Value]
+
+    def evaluate(self, genome: Genomes, fidelity: float = 1.0) -> Evaluation:
+        return self.student.evaluate(self.whole(genome), fidelity)
+
+    def whole(self, genome: Genomes) -> Genomes:
+        """The candidate in the whole space."""
+        return genome_of(self.student.space, self.part.decode(genome).as_dict(), self.fixed)
 
 
 @dataclass
@@ -239,11 +257,26 @@ def evolve(given: Setting, arm: str, trials: int, seed: int) -> list[Trial]:
     return done
 
 
+def labels_alone(given: Setting) -> list[Trial]:
+    """Our default strategy over the labels, with the compression of NNI's candidates."""
+    whole = given.job.experiment
+    offered = {c.technique: [given.fixed[c.name]] for c in given.space.choices if c.technique != "architecture"}
+    section = whole.space.model_copy(update={"bits": offered["quantization"], "prune": offered["pruning"]})
+    job = Job(whole.model_copy(update={"space": section}), given.job.run / "labels")
+    evaluator = Within(given.student, job.space, given.fixed)
+    found, _ = search_arm(
+        job, "search", Serial(evaluator), job.estimator(given.table), given.screen, given.reward, Masks(job.space)
+    )
+    return [replace(trial, genome=tuple(evaluator.whole(np.array(trial.genome)).tolist())) for trial in found]
+
+
 # ---- a seed --------------------------------------------------------------------------------------------------
 
 
 def searched(given: Setting, arm: str, trials: int, seed: int) -> list[Trial]:
     """The trainings of one arm."""
+    if arm == LABELS:
+        return labels_alone(given)
     if arm not in OURS:
         return evolve(given, arm, trials, seed)
     found, _ = search_arm(

@@ -109,9 +109,13 @@ def test_every_arm_has_its_trainings_and_what_it_found_is_measured(
     arms = result["arms"]
     assert set(arms) == set(benchmark.ARMS)
     assert {own["trained"] for own in arms.values()} == {5}
-    assert {arms[arm]["over"] for arm in ("ours", "random", benchmark.FILTER)} == {0}
+    assert {arms[arm]["over"] for arm in ("ours", benchmark.LABELS, "random", benchmark.FILTER)} == {0}
     for own in arms.values():
         assert own["test"] is None or own["p50_ms"] > 0
     assert arms["ours"]["test"] is not None
+    compression = [c for c in arms["ours"]["candidate"] if c.endswith((".bits", ".prune"))]
+    for arm in (benchmark.LABELS, benchmark.REWARD, benchmark.FILTER, benchmark.ACCURACY):
+        found = {arms[arm].get("candidate", {}).get(name) for name in compression}
+        assert len(found) <= 2, "one precision, and nothing is pruned"
     assert benchmark.run(told, {}, 0) == result, "a run that is there is read and not repeated"
     assert len(benchmark.by_seed([result])) == 2 + len(arms)
