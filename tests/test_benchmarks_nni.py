@@ -91,7 +91,6 @@ def test_ratios_are_taken_within_a_seed_and_arms_without_a_student_are_counted(b
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_every_arm_has_its_trainings_and_what_it_found_is_measured(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
