@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import nni
 import torch
-from nni.mutable import ExpressionConstraint
+from nni.mutable import ExpressionConstraint, ensure_frozen
 from nni.nas.nn.pytorch import (
     Cell,
     InputChoice,
@@ -141,6 +141,24 @@ class Cells(ModelSpace):
         return self.head(x.mean((2, 3)))
 
 
+class Whole(ModelSpace):
+    """A space that makes itself anew for its labels, as NNI's documents show for labels of no layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        count = self.add_mutable(nni.choice("count", [1, 2]))
+        self.stem = MutableConv2d(1, 8, kernel_size=[3, 3], padding=[1, 1])
+        self.layers = nn.Sequential(*(nn.Conv2d(8, 8, 1) for _ in range(ensure_frozen(count))))
+        self.head = nn.Linear(8, 10)
+
+    def freeze(self, sample: dict[str, object]) -> nn.Module:
+        with model_context(sample):
+            return type(self)()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(torch.relu(self.stem(x))).mean((2, 3)))
+
+
 # ---- what cannot be searched ------------------------------------------------------------------------------
 
 
@@ -199,6 +217,15 @@ class Fixed(ModelSpace):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.nn.functional.pad(self.conv(x), (0, 0, 0, 0, 0, 16 - self.conv.out_channels))
         return self.rows(x.reshape(x.shape[0], 2, 16 * 32)[:, 0])
+
+
+class Namesake(ModelSpace):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = MutableLinear(64, 10, bias=nni.choice("temperature", [True, False]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(1))
 
 
 class LooseEnds(ModelSpace):

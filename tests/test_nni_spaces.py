@@ -55,7 +55,7 @@ def active(space: NniSpace, candidate: Candidate) -> set[str]:
 # ---- the contract: what is priced is what is exported, compressed, and runs -----------------------------------
 
 
-@pytest.mark.parametrize("name", ["Mixed", "Cells", "OwnModules"])
+@pytest.mark.parametrize("name", ["Mixed", "Cells", "OwnModules", "Whole"])
 def test_own_spaces_keep_the_contract(name: str) -> None:
     check_space(own(name, ranks=(1.0, 0.5)), candidates=6)
 
@@ -280,6 +280,7 @@ def test_a_search_ends_in_a_student(tmp_path: Path) -> None:
         ("DependsOnData", SpaceError, "data-dependent"),
         ("Shapes", SpaceError, r"stride chooses has other shapes.*\[8, 8, 8\], \[8, 4, 4\]"),
         ("Fixed", SpaceError, "conv has a number of outputs that width chooses"),
+        ("Namesake", SpaceError, "label 'temperature'.*name of a choice"),
         ("LooseEnds", SpaceError, "concatenates the nodes that no other reads"),
         ("not_a_space", ContentError, "is a Linear"),
         ("Missing", ContentError, "has no 'Missing'"),

@@ -180,6 +180,13 @@ class NniSpace(TracedSpace):
                 if len(values) > 1:
                     known = plain if plain in values else None
                     found.setdefault(gene, Choice(gene, values, plain=known, technique=technique))
+        labels = {choice.name for choice in self.labels.choices}
+        own = {gene for genes in (self._gene_of, self._run.rank_of, self._run.bits_of) for gene in genes.values()}
+        if taken := sorted(labels & (own | {choice.name for choice in self._teaching})):
+            raise SpaceError(
+                f"The label {taken[0]!r} of the model space is the name of a choice of its compression.",
+                remedy="another label",
+            )
         self.choices = (*found.values(), *self._teaching)
         self._run.offered = {choice.name for choice in self.choices}
 

@@ -7,7 +7,7 @@ layer among several, a kernel, a depth, an input, is an alternative (:mod:`nas.t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -161,7 +161,7 @@ class Union:
         self.homes: set[str] = set()
         self._options: set[str] = set()
         self._made: dict[int, tuple[nn.Module, nn.Module]] = {}
-        self.module = self._children(copy.deepcopy(space), "")
+        self.module = self._of(copy.deepcopy(space), "")
         inplace: list[Any] = [module for module in self.module.modules() if hasattr(module, "inplace")]
         for module in inplace:
             module.inplace = False  # an alternative must not change what the others read
@@ -194,8 +194,8 @@ class Union:
             return self._layer_choice(module, path)
         if isinstance(module, InputChoice):
             table = self._labels.table([module.choice], module.choice.freeze, f"The inputs {module.label!r}")
-            subsets = list(dict.fromkeys(tuple(_listed(v)) for v in table.values.values()))
-            return Inputs(subsets, module.reduction, self._decided(table, lambda v: subsets.index(tuple(_listed(v)))))
+            subsets = _distinct(_listed(v) for v in table.values.values())
+            return Inputs(subsets, module.reduction, self._decided(table, lambda v: subsets.index(_listed(v))))
         if isinstance(module, Repeat):
             return self._repeat(module, path)
         if isinstance(module, Cell):
@@ -208,7 +208,7 @@ class Union:
 
     def _children(self, module: nn.Module, path: str) -> nn.Module:
         for name, child in list(module.named_children()):
-            module._modules[name] = self._of(child, f"{path}.{name}" if path else name)
+            module._modules[name] = self._of(child, _within(path, name))
         return module
 
     def _decided(self, table: Table, place: Callable[[Any], int]) -> Decision:
@@ -218,7 +218,7 @@ class Union:
 
     def _alternatives(self, options: dict[str, nn.Module], path: str, which: Decision) -> nn.Module:
         self.homes.add(path)
-        self._options.update(f"{path}.{name}" for name in options)
+        self._options.update(_within(path, name) for name in options)
         return Alternatives(options, which)
 
     def _layer_choice(self, module: LayerChoice, path: str) -> nn.Module:
@@ -293,11 +293,11 @@ class Union:
         read = [value for value in others.values() if isinstance(value, Mutable)]
         table = self._labels.table(
             read,
-            lambda sample: tuple((name, ensure_frozen(value, sample=sample)) for name, value in others.items()),
+            lambda sample: {name: ensure_frozen(value, sample=sample) for name, value in others.items()},
             f"The layer {path}",
         )
-        settings = list(dict.fromkeys(table.values.values()))
-        made = [bound(**fixed, **dict(own)) for own in settings]
+        settings = _distinct(table.values.values())
+        made = [bound(**fixed, **own) for own in settings]
         if len(made) == 1:
             return made[0]
         if chosen:
@@ -310,22 +310,35 @@ class Union:
 
     def _variants(self, module: MutableModule, path: str) -> nn.Module:
         """A module that is something else for every value of its labels, built for each of them."""
-        table = self._labels.table([module], lambda sample: tuple(sorted(sample.items())), f"The module {path}")
+        table = self._labels.table([module], dict, f"The module {path}")
         if len(table.values) > VARIANTS:
             raise SpaceError(
-                f"{path}, a {type(module).__name__}, is another module for each of {len(table.values)} combinations "
-                f"of the labels {', '.join(table.labels)}.",
+                f"{path or 'The space'}, a {type(module).__name__}, is another module for each of "
+                f"{len(table.values)} combinations of the labels {', '.join(table.labels)}.",
                 expected=f"at most {VARIANTS}, or layers whose sizes are chosen one by one, such as MutableConv2d",
             )
-        settings = list(dict.fromkeys(table.values.values()))
+        settings = _distinct(table.values.values())
         made = []
         for own in settings:
-            with model_context(dict(own)), torch.random.fork_rng(devices=[]):
-                made.append(module.freeze(dict(own)))
+            with model_context(own), torch.random.fork_rng(devices=[]):
+                made.append(module.freeze(own))
         if len(made) == 1:
             return made[0]
         options = {str(i): variant for i, variant in enumerate(made)}
         return self._alternatives(options, path, self._decided(table, settings.index))
+
+
+def _within(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    """Each once, in their order; they need not be hashable."""
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
 
 
 def _listed(value: Any) -> list[Any]:
