@@ -11,7 +11,7 @@ from helpers import IMAGES, TinySpace, tiny_estimator
 from torch import nn
 
 from nas import content
-from nas.derived import DerivedSpace
+from nas.derived.traced import TracedSpace
 from nas.errors import SpaceError
 from nas.parts import Conv, GlobalAveragePool, Part
 from nas.space import Candidate, Choice, Genomes, SearchSpace, Site, Training, Treatment
@@ -41,7 +41,7 @@ def part(channels: int) -> Part:
 
 BUNDLED = [
     name for name in sorted(content.available("search_spaces"))
-    if not issubclass(content.load_space_class(name), PublishedSpace | DerivedSpace)  # a model's own is tested apart
+    if not issubclass(content.load_space_class(name), PublishedSpace | TracedSpace)  # spaces of models are tested apart
 ]  # fmt: skip
 
 

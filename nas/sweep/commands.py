@@ -112,9 +112,11 @@ class CommandRunner:
 
     def _environment(self, folder: Path) -> dict[str, str]:
         paths = [str(STANDIN), os.environ.get("PYTHONPATH", "")]
+        # Last on the path: where the shell knows no python, it is the one that runs the sweep.
+        programs = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)]
         return {
-            **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "NNI_PLATFORM": "local",
-            "NNI_EXP_ID": self.name, "NNI_TRIAL_JOB_ID": f"{self.name}-{folder.name}",
+            **os.environ, "PATH": os.pathsep.join(programs), "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "NNI_PLATFORM": "local", "NNI_EXP_ID": self.name, "NNI_TRIAL_JOB_ID": f"{self.name}-{folder.name}",
             "NNI_TRIAL_SEQ_ID": str(int(folder.name)), "NNI_SYS_DIR": str(folder), "NNI_OUTPUT_DIR": str(folder),
             "NNI_CODE_DIR": str(self.directory.resolve()),
         }  # fmt: skip
