@@ -352,13 +352,14 @@ def judged(job: Job, arm: str, finalists: Sequence[Finalist], x: torch.Tensor, y
 # ---- tables --------------------------------------------------------------------------------------------------
 
 COLUMNS: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], float], str]] = {
-    "test accuracy %": (lambda own, teacher: 100 * own["test"], ".2f"),
-    "points lost": (lambda own, teacher: 100 * (teacher["test"] - own["test"]), ".2f"),
-    "p50 ms": (lambda own, teacher: own["p50_ms"], ".4f"),
-    "× faster": (lambda own, teacher: teacher["p50_ms"] / own["p50_ms"], ".2f"),
-    "predicted / measured": (lambda own, teacher: own["predicted_ms"] / own["p50_ms"], ".3f"),
-    "KiB": (lambda own, teacher: own["size_bytes"] / 1024, ".0f"),
-    "× smaller": (lambda own, teacher: teacher["size_bytes"] / own["size_bytes"], ".1f"),
+    "test accuracy %": (lambda own, result: 100 * own["test"], ".2f"),
+    "points lost": (lambda own, result: 100 * (result["teacher"]["test"] - own["test"]), ".2f"),
+    "p50 ms": (lambda own, result: own["p50_ms"], ".4f"),
+    "% of the budget": (lambda own, result: 100 * own["p50_ms"] / result["budget_ms"], ".1f"),
+    "× faster": (lambda own, result: result["teacher"]["p50_ms"] / own["p50_ms"], ".2f"),
+    "predicted / measured": (lambda own, result: own["predicted_ms"] / own["p50_ms"], ".3f"),
+    "KiB": (lambda own, result: own["size_bytes"] / 1024, ".0f"),
+    "× smaller": (lambda own, result: result["teacher"]["size_bytes"] / own["size_bytes"], ".1f"),
 }
 SPENT = {"trained": "trained", "over": "over the budget", "repeated": "repeated", "seconds": "seconds of training"}
 
@@ -382,7 +383,7 @@ def by_seed(results: Sequence[dict[str, Any]]) -> list[str]:
     for result in results:
         for arm, own in result["arms"].items():
             found = own["test"] is not None
-            cells = [f"{of(own, result['teacher']):{form}}" if found else "–" for of, form in COLUMNS.values()]
+            cells = [f"{of(own, result):{form}}" if found else "–" for of, form in COLUMNS.values()]
             cells += [f"{own[key]:.0f}" for key in SPENT]
             lines.append(f"| {' | '.join([str(result['seed']), arm, *cells])} |")
     return lines
@@ -393,7 +394,7 @@ def summary(results: Sequence[dict[str, Any]]) -> list[str]:
     head = ["arm", "students", *COLUMNS, *SPENT.values()]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for arm in results[0]["arms"]:
-        rows = [(result["arms"][arm], result["teacher"]) for result in results]
+        rows = [(result["arms"][arm], result) for result in results]
         found = [row for row in rows if row[0]["test"] is not None]
         cells = [spread([of(*row) for row in found], form) for of, form in COLUMNS.values()]
         cells += [f"{statistics.mean(own[key] for own, _ in rows):.1f}" for key in SPENT]

@@ -73,19 +73,21 @@ def test_ratios_are_taken_within_a_seed_and_arms_without_a_student_are_counted(b
             "ours": {**spent, "over": 0, "seconds": 10.0, **student},
             "random": {**spent, "over": 4 * seed, "seconds": 20.0, **(student if found else {"test": None})},
         }
-        return {"seed": seed, "teacher": {"test": 0.95, "p50_ms": ms, "size_bytes": 4096}, "arms": arms}
+        teacher = {"test": 0.95, "p50_ms": ms, "size_bytes": 4096}
+        return {"seed": seed, "budget_ms": ms / 2, "teacher": teacher, "arms": arms}
 
     results = [result(0, 1.0, False), result(1, 3.0, True)]
     ours, random = ([cell.strip() for cell in line.split("|")[1:-1]] for line in benchmark.summary(results)[2:])
     head = [cell.strip() for cell in benchmark.summary(results)[0].split("|")[1:-1]]
     assert dict(zip(head, ours, strict=True)) == {
         "arm": "ours", "students": "2", "test accuracy %": "90.00 ± 0.00", "points lost": "5.00 ± 0.00",
-        "p50 ms": "0.5000 ± 0.0000", "× faster": "4.00 ± 2.83", "predicted / measured": "0.800 ± 0.000",
+        "p50 ms": "0.5000 ± 0.0000", "% of the budget": "66.7 ± 47.1", "× faster": "4.00 ± 2.83",
+        "predicted / measured": "0.800 ± 0.000",
         "KiB": "2 ± 0", "× smaller": "2.0 ± 0.0", "trained": "8.0", "over the budget": "0.0", "repeated": "0.0",
         "seconds of training": "10.0",
     }  # fmt: skip
     assert random[1] == "1"
-    assert random[5] == "6.00"
+    assert random[head.index("× faster")] == "6.00"
     assert random[-3:] == ["2.0", "0.0", "20.0"]
     assert benchmark.by_seed(results)[3].startswith("| 0 | random | – |")
 
