@@ -35,8 +35,9 @@ def run(folder: Path, *code: str) -> str:
 
 
 def test_the_model_space_is_found_and_built(tmp_path: Path) -> None:
-    file, look = blocks("Model spaces")
+    file, look, sample = blocks("Model spaces")
     (tmp_path / "my_spaces.py").write_text(file)
+    assert int(run(tmp_path, sample)) > 0
     said = run(tmp_path, look)
     assert "['width', 'depth', 'expand0', 'mix0'" in said
     assert "MySpace: 8 labels" in said

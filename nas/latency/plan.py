@@ -96,8 +96,7 @@ def calibration_genomes(space: SearchSpace, n: int, seed: int = 0) -> Genomes:
     Half are spread evenly over its range of MACs. The others are in turn the farthest from all that were taken
     (Gonzalez 1985), in MACs, traffic, weights, number of parts and share of int8: what corrections are made of.
     """
-    rng = np.random.default_rng(seed)
-    pool = np.unique(space.canonical(space.sample(rng, POOL * n)), axis=0)
+    pool = np.unique(space.canonical(_varied(space, POOL * n, np.random.default_rng(seed))), axis=0)
     where = np.array([_coordinates(space.parts(space.decode(row))) for row in pool])
     order = np.argsort(where[:, 0], kind="stable")
     taken = np.unique(order[np.linspace(0, len(pool) - 1, n - n // 2).round().astype(int)]).tolist()
@@ -108,6 +107,26 @@ def calibration_genomes(space: SearchSpace, n: int, seed: int = 0) -> Genomes:
         taken.append(int(distance.argmax()))
         distance = np.minimum(distance, ((where - where[taken[-1]]) ** 2).sum(axis=1))
     return pool[np.array(taken)[np.argsort(where[taken, 0], kind="stable")]]
+
+
+def _varied(space: SearchSpace, n: int, rng: np.random.Generator) -> Genomes:
+    """Genomes by chance, every other one with a share of each technique that is itself by chance, from none to all.
+
+    Where each block has bits of its own, chance alone makes about half of every network int8, and never all or none.
+    """
+    genomes = space.sample(rng, n)
+    mixed = genomes[::2]
+    share = {
+        technique: np.clip(1.5 * rng.random(len(mixed)) - 0.25, 0, 1)
+        for technique in dict.fromkeys(choice.technique for choice in space.choices)
+    }
+    for column, choice in enumerate(space.choices):
+        count = len(choice.values)
+        if choice.plain is not None and count > 1:
+            plain = choice.index(choice.plain)
+            others = (plain + rng.integers(1, count, len(mixed))) % count
+            mixed[:, column] = np.where(rng.random(len(mixed)) < share[choice.technique], others, plain)
+    return genomes
 
 
 def _coordinates(parts: Sequence[Part]) -> list[float]:

@@ -11,7 +11,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -346,7 +346,8 @@ class NniSpace(TracedSpace):
     # ---- members that are there by hand ----------------------------------------------------------------------
 
     def ladder(self) -> list[Candidate]:
-        """Models of the space, uncompressed, from few to many multiplications: three of random ones."""
+        """Models of the space, uncompressed: of random ones that with the fewest multiplications and a middle one, and
+        the largest, found label by label."""
         genomes, macs = self._by_macs()
         return [self._member(genomes[i], 0.0, 32) for i in (0, len(genomes) // 2, len(genomes) - 1) if macs[i] > 0]
 
@@ -359,17 +360,31 @@ class NniSpace(TracedSpace):
         return [self._member(genomes[i], share, bits) for i in places for share in sorted(self._values["prune"])]
 
     def _by_macs(self) -> tuple[Genomes, Any]:
-        """Random genomes by their multiplications, and those."""
+        """Random genomes by their multiplications, with the largest of all at the end, and those."""
         genomes = self.sample(np.random.default_rng(0), LADDER)
         for column, choice in enumerate(self.choices):
             if choice.plain is not None:
                 genomes[:, column] = choice.index(choice.plain)
-        macs = np.zeros(len(genomes))
-        for site in self.compiled:
-            per_entry = np.array([sum(part.macs for part in parts) for parts in site.values], dtype=float)
-            macs += per_entry[site.entries(genomes)]
+        largest = genomes[self._macs(genomes).argmax()]
+        for column, choice in enumerate(self.labels.choices):  # labels come first
+            others = np.repeat(largest[None], len(choice.values), axis=0)
+            others[:, column] = np.arange(len(choice.values))
+            largest = others[self._macs(others).argmax()]
+        genomes = np.concatenate([genomes, largest[None]])
+        macs = self._macs(genomes)
         order = np.argsort(macs, kind="stable")
         return genomes[order], macs[order]
+
+    def _macs(self, genomes: Genomes) -> Any:
+        """Multiplications of genomes, ``[n]``."""
+        total = np.zeros(len(genomes))
+        for site, per_entry in zip(self.compiled, self._macs_of_entries, strict=True):
+            total += per_entry[site.entries(genomes)]
+        return total
+
+    @cached_property
+    def _macs_of_entries(self) -> list[Any]:
+        return [np.array([sum(p.macs for p in parts) for parts in site.values], float) for site in self.compiled]
 
     def _member(self, genome: Genomes, share: float, bits: int) -> Candidate:
         wanted = {"prune": share, "bits": bits, "rank": FULL}
