@@ -286,9 +286,12 @@ def test_a_search_ends_in_a_student(tmp_path: Path) -> None:
         ("Missing", ContentError, "has no 'Missing'"),
     ],
 )
-def test_what_cannot_be_searched_is_one_error(name: str, error: type[NasError], said: str) -> None:
+def test_what_cannot_be_searched_is_one_error(
+    name: str, error: type[NasError], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(error, match=said):
         own(name)
+    assert "def forward" not in "".join(capfd.readouterr())  # nothing but the error
 
 
 def test_arguments_that_the_class_does_not_take() -> None:

@@ -8,11 +8,14 @@ can be quantised or split by the compression passes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import logging
 import operator
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -96,7 +99,8 @@ def _exported(model: nn.Module, x: torch.Tensor) -> Any:
                     expected="one tensor of logits; wrap the model where it returns more",
                 )
             dynamic = ({0: torch.export.Dim.DYNAMIC},)
-            return torch.export.export(model, (x,), dynamic_shapes=dynamic, strict=False)
+            with _unsaid():
+                return torch.export.export(model, (x,), dynamic_shapes=dynamic, strict=False)
     except NasError:
         raise
     except Exception as error:
@@ -107,6 +111,19 @@ def _exported(model: nn.Module, x: torch.Tensor) -> Any:
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """Without the graph that the exporter prints where it fails: the error says what it is about."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def _first_line(error: Exception) -> str:
