@@ -220,7 +220,7 @@ class DerivedSpace(TracedSpace):
 
     def uniform(self) -> list[Candidate]:
         """Every share for all groups alike, with the fewest bits from 8 on, nothing split or left out."""
-        bits = min((int(b) for b in self._values["bits"] if b >= 8), default=int(min(self._values["bits"])))
+        bits = self._fewest_bits()
         return [self._member(share, bits) for share in sorted(self._values["prune"])]
 
     def _member(self, share: float, bits: int) -> Candidate:
@@ -245,8 +245,7 @@ class DerivedSpace(TracedSpace):
                 f"{path}: {v.size} outputs stay, {v.tied}" for v in alone
                 if isinstance(v, Var) and v.tied and v not in output and path in self.layers
             ]  # fmt: skip
-        repeated = [path for path in self.structure.layers if self._run.repeated(path)]
-        lines += [f"{path}: stays in fp32 and whole, it is called several times" for path in repeated]
+        lines += self._repeated_remarks()
         return lines + self.axes.notes
 
     def report(self) -> list[str]:

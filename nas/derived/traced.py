@@ -49,6 +49,7 @@ class TracedSpace(SearchSpace):
     multiple: int
     layers: list[str]
     _run: Execution
+    _values: dict[str, tuple[Any, ...]]
     _skip: tuple[str, ...]
 
     @abc.abstractmethod
@@ -58,6 +59,10 @@ class TracedSpace(SearchSpace):
     @abc.abstractmethod
     def _sizes(self, c: Candidate, variables: Sequence[Var]) -> dict[Var, int]:
         """Sizes of those of the variables that do not have their own for the candidate."""
+
+    def _inner(self, path: str) -> str:
+        """The path, in the user's own model, of the layer that is at ``path`` in the structure."""
+        return path
 
     def _named(self, path: str) -> str:
         """The path, in what ``build`` gives, of the layer that is at ``path`` in the structure."""
@@ -105,6 +110,18 @@ class TracedSpace(SearchSpace):
             site(candidate)
             read.update(candidate.reads)
         return read if math.prod(len(values[name]) for name in read) > TABULATED else set()
+
+    def _fewest_bits(self) -> int:
+        """Of those on offer, from 8 on where there are such: what uniform members have."""
+        bits = [int(b) for b in self._values["bits"]]
+        return min((b for b in bits if b >= 8), default=min(bits))
+
+    def _repeated_remarks(self) -> list[str]:
+        """A line for each layer that is called several times."""
+        return [
+            f"{self._inner(path)}: stays in fp32 and whole, it is called several times"
+            for path in self.structure.layers if self._run.repeated(path)
+        ]  # fmt: skip
 
     # ---- sizes ----------------------------------------------------------------------------------------
 

@@ -20,7 +20,6 @@ from nas.tracing.trace import is_constant
 #: A choice, and those of its options that a node is needed for; nothing where it is needed for all.
 Gate = tuple[fx.Node, frozenset[fx.Node] | None]
 
-
 FEW = 16  # combinations of labels that are read before the bits of what they decide
 DECIDING = 1_000  # combinations of labels that decide whether a node is run
 

@@ -6,11 +6,8 @@ parts are read off it. What is trained is the model that NNI itself makes of the
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import inspect
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,47 +21,22 @@ from nas.derived.clusters import Clustered
 from nas.derived.execution import FULL
 from nas.derived.segment import layer_counts
 from nas.derived.traced import TracedSpace, check_shares, variables_of
-from nas.errors import CompressionError, ContentError, NasError, SpaceError
+from nas.errors import CompressionError, SpaceError
 from nas.genes import Genomes
 from nas.nni.execution import ChosenExecution
 from nas.nni.labels import Labels, Table
+from nas.nni.models import Preprocessed, frozen, layer_macs, model_space, shown, wanted_colours
 from nas.nni.union import MADE, Union
-from nas.registry import import_object
 from nas.space import Candidate, Choice, TaskInfo, Training, Treatment, Value
 from nas.tracing.dims import Var
 from nas.tracing.layers import is_depthwise
 from nas.tracing.structure import Group
 from nas.tracing.trace import trace
 
-HUB = "nni_hub"  # short for the module of NNI's own spaces
 LADDER = 512  # random models among which teachers and uniform members are looked for
 STEPS = 12
-SHOWN = 8  # labels in a message
 TRIED = 3  # random models that are compared with NNI's own
 NET = "net"  # where a space's model lies in what is trained
-
-
-class Preprocessed(nn.Module):
-    """Raw inputs → normalised, grey images as three channels where the model wants those → logits."""
-
-    mean: torch.Tensor
-    scale: torch.Tensor
-
-    def __init__(self, net: nn.Module, task: TaskInfo, colours: int) -> None:
-        super().__init__()
-        self.net, self.colours = net, colours
-        self.images = len(task.input_shape) == 3
-        sides = (1, -1, 1, 1) if self.images else (1, -1)
-        self.register_buffer("mean", torch.tensor(task.mean).view(sides))
-        self.register_buffer("scale", 1 / torch.tensor(task.std).view(sides))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.images:
-            x = (x - self.mean) * self.scale
-            if self.colours > x.shape[1]:
-                x = torch.cat([x] * self.colours, 1)
-        logits: torch.Tensor = self.net(x)
-        return logits
 
 
 class NniSpace(TracedSpace):
@@ -110,9 +82,9 @@ class NniSpace(TracedSpace):
     ) -> None:
         check_shares(prune, bits, ranks, multiple)
         self.task, self.multiple, self._skip = task, multiple, tuple(skip)
-        self.model_space = nni if isinstance(nni, ModelSpace) else _made(str(nni), args or {}, task)
+        self.model_space = nni if isinstance(nni, ModelSpace) else model_space(str(nni), args or {}, task)
         self.labels = Labels(self.model_space)
-        self._colours = _wanted_colours(self.model_space, task)
+        self._colours = wanted_colours(self.model_space, task)
         real = [(values, self._real_macs(values)) for values in self._some()]
         self._union = Union(self.model_space, self.labels)
         self.structure = self._side_by_side()
@@ -243,7 +215,7 @@ class NniSpace(TracedSpace):
             for path, macs in self._said_macs(Candidate({**self._plain, **values})).items():
                 if found.get(path) != macs:
                     raise SpaceError(
-                        f"A forward of {type(self.model_space).__name__} cannot be followed: with {_shown(values)} "
+                        f"A forward of {type(self.model_space).__name__} cannot be followed: with {shown(values)} "
                         f"{self._inner(path)} makes {found.get(path, 0)} multiplications, and {macs} by its labels.",
                         expected="labels that act through LayerChoice, InputChoice, Repeat, Cell and Mutable layers",
                     )
@@ -266,24 +238,14 @@ class NniSpace(TracedSpace):
 
     def _real_macs(self, values: Mapping[str, Value]) -> dict[str, int]:
         """The same of NNI's model, by running it; what nothing reads is among it."""
-        model, found = Preprocessed(self._model(values), self.task, self._colours).eval(), dict[str, int]()
-
-        def count(layer: Any, args: Any, out: torch.Tensor, path: str) -> None:
-            outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-            found[path] = found.get(path, 0) + out[0].numel() * layer.weight.numel() // outputs
-
-        for path, layer in model.named_modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                layer.register_forward_hook(partial(count, path=path))
+        model = copy.deepcopy(frozen(self.model_space, self.labels.sample(values)))
         try:
-            with torch.no_grad():
-                model(self.task.random(1, seed=0))
+            return layer_macs(Preprocessed(model, self.task, self._colours).eval(), self.task.random(1, seed=0))
         except Exception as error:  # whatever the user's forward raises
             raise SpaceError(
-                f"A model of {type(self.model_space).__name__} fails with {_shown(values)}: {error}.",
+                f"A model of {type(self.model_space).__name__} fails with {shown(values)}: {error}.",
                 expected="models for all values of the labels",
             ) from error
-        return found
 
     # ---- what is trained -----------------------------------------------------------------------------------
 
@@ -308,7 +270,7 @@ class NniSpace(TracedSpace):
         return [
             path for path in group.layers
             if group.variable in structure.axes.layers[path][1].variables and path in structure.calls
-            and not _is_depthwise(structure.modules[path])
+            and not is_depthwise(structure.modules[path])
         ]  # fmt: skip
 
     def _pruned(self, c: Candidate, group: Group, makers: list[str]) -> Training | None:
@@ -328,20 +290,8 @@ class NniSpace(TracedSpace):
         genome = self.encode(candidate)
         active = dict(zip(self.position, self.active(genome)[0], strict=True))
         values = {c.name: candidate[c.name] if active[c.name] else c.values[0] for c in self.labels.choices}
-        return trace(Preprocessed(self._model(values), self.task, self._colours), self.task.random(2, seed=0))
-
-    def _model(self, values: Mapping[str, Value]) -> nn.Module:
-        """What NNI makes of the labels' values. It leaves modules without labels in common with the space."""
-        with _quiet():
-            try:
-                model: nn.Module = copy.deepcopy(self.model_space.freeze(self.labels.sample(values)))
-            except Exception as error:  # whatever the user's modules raise
-                raise SpaceError(
-                    f"{type(self.model_space).__name__} does not freeze with {_shown(values)}: "
-                    f"{type(error).__name__}: {error}.",
-                    expected="models for all values of the labels",
-                ) from error
-        return model
+        model = frozen(self.model_space, self.labels.sample(values))
+        return trace(Preprocessed(model, self.task, self._colours), self.task.random(2, seed=0))
 
     # ---- members that are there by hand ----------------------------------------------------------------------
 
@@ -355,7 +305,7 @@ class NniSpace(TracedSpace):
         """Models of the space at even steps of their multiplications, compressed alike: with the fewest bits from 8 on
         and every share for all blocks."""
         genomes, _ = self._by_macs()
-        bits = min((int(b) for b in self._values["bits"] if b >= 8), default=int(min(self._values["bits"])))
+        bits = self._fewest_bits()
         places = np.unique(np.linspace(0, len(genomes) - 1, STEPS).astype(int))
         return [self._member(genomes[i], share, bits) for i in places for share in sorted(self._values["prune"])]
 
@@ -404,65 +354,10 @@ class NniSpace(TracedSpace):
         ]
         if self._colours != self.task.input_shape[0]:
             lines.append(f"grey images are given to the model as {self._colours} channels")
-        repeated = [self._inner(path) for path in self.structure.layers if self._run.repeated(path)]
-        lines += [f"{path}: stays in fp32 and whole, it is called several times" for path in repeated]
+        lines += self._repeated_remarks()
         if self._run.taken_for_run:
             lines.append(
                 f"{len(self._run.taken_for_run)} operators are priced even where nothing reads their result, because "
                 "too many labels decide that"
             )
         return lines + self.structure.axes.notes
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of NNI about the versions of others, which nobody can do anything about."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _made(path: str, args: Mapping[str, Any], task: TaskInfo) -> ModelSpace:
-    """The model space that ``module:name`` means."""
-    module, _, name = path.partition(":")
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # what has no labels starts alike in every process
-        factory = import_object(f"nni.nas.hub.pytorch:{name}" if module == HUB else path, "model space")
-        if isinstance(factory, ModelSpace):
-            return factory
-        try:
-            known = inspect.signature(getattr(factory, "_init_wrapped", factory)).parameters
-            own = {"num_labels": task.classes} if "num_labels" in known and "num_labels" not in args else {}
-            space = factory(**own, **args)
-        except NasError:
-            raise
-        except Exception as error:  # whatever the user's class raises
-            raise ContentError(
-                f"{path} cannot be made: {type(error).__name__}: {error}.", expected="a ModelSpace with labels for all "
-                "its choices", remedy="check space.args",
-            ) from error  # fmt: skip
-    if not isinstance(space, ModelSpace):
-        raise ContentError(
-            f"{path} is a {type(space).__name__}.", expected="a subclass of nni.nas.nn.pytorch.ModelSpace, or a "
-            "function that makes one",
-        )  # fmt: skip
-    return space
-
-
-def _wanted_colours(space: nn.Module, task: TaskInfo) -> int:
-    """Channels that the model wants: the data's, or three where those are grey and the model takes no grey."""
-    channels = task.input_shape[0]
-    if len(task.input_shape) != 3 or channels != 1:
-        return channels
-    first = next((m for m in space.modules() if isinstance(m, nn.Conv2d)), None)
-    return 3 if first is not None and first.in_channels == 3 else channels
-
-
-def _shown(values: Mapping[str, Value]) -> str:
-    """The first few labels and their values, for messages."""
-    text = ", ".join(f"{label}={value!r}" for label, value in list(values.items())[:SHOWN])
-    return text + (f" and {len(values) - SHOWN} more" if len(values) > SHOWN else "")
-
-
-def _is_depthwise(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv1d | nn.Conv2d) and is_depthwise(layer)

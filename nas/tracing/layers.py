@@ -17,9 +17,9 @@ ELEMENTWISE: tuple[type[nn.Module], ...] = (
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
-def is_depthwise(layer: nn.Conv1d | nn.Conv2d) -> bool:
-    """Whether every channel has outputs of its own."""
-    return layer.groups == layer.in_channels > 1
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution of which every channel has outputs of its own."""
+    return isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == layer.in_channels > 1
 
 
 def layer_axes(found: Axes, node: fx.Node, path: str, layer: nn.Module, x: list[Dim]) -> list[Dim]:

@@ -74,7 +74,6 @@ class Structure:
         self.output = next(iter(next(n for n in self.model.graph.nodes if n.op == "output").all_input_nodes))
         self.rank = {node: i for i, node in enumerate(self.model.graph.nodes)}
         self.groups = _groups(self.axes, self.modules)
-        self.blocks = self._blocks()
 
     def layer(self, node: fx.Node) -> nn.Module | None:
         """The layer that a node calls, or nothing."""
@@ -96,7 +95,9 @@ class Structure:
 
     # ---- blocks ----------------------------------------------------------------------------------
 
-    def _blocks(self) -> list[Block]:
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """Residual branches, in the order of the forward."""
         found: list[Block] = []
         for node in self.nodes:
             if opname(node) != "add" or len(node.all_input_nodes) != 2:
