@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import torch
 from torch import nn
 
 from nas.latency import AdditiveEstimator
+from nas.latency.runtimes import OnnxRuntime
 from nas.parts import Boundary, Conv, GlobalAveragePool, Normalize, Part
 from nas.reward import Limit
 from nas.space import Candidate, Choice, Genomes, SearchSpace, TaskInfo, Training
 from nas.strategies import Domain
+from nas.student.export import INPUT
 from nas.study import Trial
 from nas.testing import synthetic_table
 
@@ -143,6 +152,19 @@ def plain(trials: list[Trial]) -> list[str]:
     return [repr(dataclasses.replace(trial, seconds=0.0, elapsed=0.0)) for trial in trials]
 
 
+def run_onnx(model: onnx.ModelProto, x: torch.Tensor) -> np.ndarray[Any, Any]:
+    """What onnxruntime makes of raw inputs, on one thread."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {INPUT: x.numpy()})[0]
+
+
+def fused(model: onnx.ModelProto) -> dict[str, int]:
+    """Kernel → how many of them onnxruntime runs."""
+    return OnnxRuntime().load(model, threads=1, batch=1).fused()
+
+
 def snippet(tmp_path: Path, text: str, name: str = "snippet.py") -> Path:
     path = tmp_path / name
     path.write_text(text)
@@ -208,3 +230,28 @@ class TextTransformer(nn.Module):
             x = layer(x, mask)
         weights = known / known.sum(1, keepdim=True)
         return self.head((self.norm(x) * weights[:, :, None]).sum(1))
+
+
+def until(true: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """What it returns as soon as that is something."""
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.02)
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that waits to be buried does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def start_sweep(place: Path, *arguments: str) -> subprocess.Popen[str]:
+    """``nas sweep`` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "nas", "sweep", *arguments], cwd=place, env={**os.environ, "COLUMNS": "200"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip

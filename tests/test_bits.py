@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from onnx import helper, numpy_helper
@@ -25,9 +24,9 @@ from nas.compression.fake_quant import QuantConv2d, QuantLinear, Setting, fake_q
 from nas.compression.fold import fold_batchnorm
 from nas.compression.storage import Affine, Codebook, Decode, Signed, decoded, spell_out, store_codes
 from nas.errors import CompressionError
-from nas.latency.runtimes import OnnxRuntime
 from nas.student.export import INPUT, deployable, export_float, onnx_macs_params, to_onnx
 from nas.testing import check_pass
+from tests.helpers import fused, run_onnx
 
 DECODING = {"BitShift", "BitwiseAnd", "Einsum", "Cast", "Reshape", "Sub", "Mul", "Slice", "Gather"}
 POINTS = 0.002  # accuracies of torch and of the file may differ by 0.2 points
@@ -105,17 +104,6 @@ def dense(digits: Digits) -> nn.Module:
     return fit(perceptron(), digits, 8, 0.01)
 
 
-def run(model: onnx.ModelProto, x: torch.Tensor) -> np.ndarray[Any, Any]:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {INPUT: x.numpy()})[0]
-
-
-def fused(model: onnx.ModelProto) -> dict[str, int]:
-    return OnnxRuntime().load(model, threads=1, batch=1).fused()
-
-
 def tuned(model: nn.Module, plan: dict[str, Any], digits: Digits, epochs: int = 2) -> tuple[nn.Module, onnx.ModelProto]:
     """Compressed, fine-tuned, exported; the counts are those of the uncompressed model, the checker is content."""
     x = digits[0]
@@ -131,7 +119,7 @@ def agree(model: nn.Module, exported: onnx.ModelProto, digits: Digits) -> float:
     x, y = digits[0], digits[1].numpy()
     with torch.no_grad():
         wanted = model(x).numpy().argmax(1)
-    got = run(exported, x).argmax(1)
+    got = run_onnx(exported, x).argmax(1)
     assert np.mean(got == wanted) >= 0.995
     assert abs(np.mean(got == y) - np.mean(wanted == y)) <= POINTS
     return float(np.mean(wanted == y))
@@ -179,7 +167,7 @@ def test_codes_come_back(bits: int, kind: str) -> None:
         before = model.ByteSize()
         assert store_codes(model, "w", codes, bits, decode) is (not signed or bits < 8)
         onnx.checker.check_model(model, full_check=True)
-        got = run(model, torch.zeros(shape))
+        got = run_onnx(model, torch.zeros(shape))
         np.testing.assert_array_equal(got, decoded(codes, decode).astype(np.float32))
         # the optimised graph holds the decoded weight
         assert not DECODING & set(fused(model))
@@ -193,7 +181,7 @@ def test_what_packing_would_enlarge_is_written_out() -> None:
     codes = np.arange(6, dtype=np.uint8).reshape(2, 3)
     assert not store_codes(model, "w", codes, 3, Affine(np.float32(0.5), np.float32(2)))
     assert [node.op_type for node in model.graph.node] == ["Add"]
-    np.testing.assert_array_equal(run(model, torch.zeros(2, 3)), (np.arange(6).reshape(2, 3) - 2) * 0.5)
+    np.testing.assert_array_equal(run_onnx(model, torch.zeros(2, 3)), (np.arange(6).reshape(2, 3) - 2) * 0.5)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +290,7 @@ def test_other_settings(kind: str, trained: nn.Module, digits: Digits) -> None:
         assert not {"QuantizeLinear", *DECODING} & set(kernels)
         x = digits[0][:300]
         with torch.no_grad():
-            np.testing.assert_allclose(run(exported, x), model(x).numpy(), atol=1e-3)
+            np.testing.assert_allclose(run_onnx(exported, x), model(x).numpy(), atol=1e-3)
     else:
         assert (kernels["QLinearConv"], kernels["QGemm"]) == (5, 1)
         assert not {"Conv", "Gemm", *DECODING} & set(kernels)
@@ -316,7 +304,7 @@ def test_without_sums_and_pooling_the_file_is_the_simulation(setting: Any, dense
     model, exported = tuned(dense, {"quantize": dict.fromkeys(DENSE, setting)}, digits)
     with torch.no_grad():
         wanted = model(digits[0]).numpy()
-    assert np.mean(np.abs(run(exported, digits[0]) - wanted) > 1e-3) < (0.01 if setting != 8 else 0.05)
+    assert np.mean(np.abs(run_onnx(exported, digits[0]) - wanted) > 1e-3) < (0.01 if setting != 8 else 0.05)
     agree(model, exported, digits)
 
 
@@ -331,7 +319,7 @@ def test_dynamic_ranges(setting: dict[str, Any], dense: nn.Module, digits: Digit
     # a brighter picture saturates fixed ranges, and not these
     x = 4 * digits[0][:300]
     with torch.no_grad():
-        assert np.abs(run(exported, x) - model(x).numpy()).mean() < 0.01
+        assert np.abs(run_onnx(exported, x) - model(x).numpy()).mean() < 0.01
     check_pass(Quantize, dense, plan["quantize"], digits[0][:32])
 
 
@@ -563,7 +551,7 @@ def test_trained_values_are_exported_values(clusters: int, trained: nn.Module, d
     assert agree(model, exported, digits) > 0.8
     x = digits[0][:300]
     with torch.no_grad():
-        np.testing.assert_allclose(run(exported, x), model(x).numpy(), atol=1e-3)
+        np.testing.assert_allclose(run_onnx(exported, x), model(x).numpy(), atol=1e-3)
     kernels = fused(exported)
     assert (kernels["Conv"], kernels["Gemm"]) == (5, 1)
     assert not DECODING & set(kernels)
@@ -584,7 +572,7 @@ def test_pruned_weights_stay_zero_among_the_values(trained: nn.Module, digits: D
     model, exported = tuned(trained, plan, digits)
     x = digits[0][:300]
     with torch.no_grad():
-        np.testing.assert_allclose(run(exported, x), model(x).numpy(), atol=1e-3)
+        np.testing.assert_allclose(run_onnx(exported, x), model(x).numpy(), atol=1e-3)
     untrained = apply_passes(Net(), plan, x[:8])
     untrained.load_state_dict(model.state_dict())  # zeros or not, the structure is the settings' own
     plain = restore(copy.deepcopy(model), plan)
@@ -662,7 +650,7 @@ def test_bits_for_weights_that_an_earlier_rewrite_has_packed(trained: nn.Module,
     exported = export_float(fold_batchnorm(plain), x[:1])
     packed = Cluster({"inner.0": 16}).rewrite(exported, x.numpy())
     assert packed.ByteSize() < exported.ByteSize() - 3 * SIZES["inner.0"]
-    np.testing.assert_allclose(run(packed, x[:64]), run(exported, x[:64]), atol=1e-4)
+    np.testing.assert_allclose(run_onnx(packed, x[:64]), run_onnx(exported, x[:64]), atol=1e-4)
     once, twice = (Quantize({"inner.0": 4}).rewrite(model, x[:256].numpy()) for model in (exported, packed))
-    np.testing.assert_array_equal(run(once, x[:64]), run(twice, x[:64]))
+    np.testing.assert_array_equal(run_onnx(once, x[:64]), run_onnx(twice, x[:64]))
     assert abs(once.ByteSize() - twice.ByteSize()) < 100

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from onnx import numpy_helper
@@ -20,9 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from nas.errors import CompressionError
-from nas.latency.runtimes import OnnxRuntime
 from nas.nni.quantizers import QuantizedModel, calibration_json, load_state, quantized_onnx
-from nas.student.export import INPUT
+from tests.helpers import fused, run_onnx
 
 nni = pytest.importorskip("nni")
 # NNI 3.0 on a torch and a pydantic of today warns on import and in its own code.
@@ -155,17 +153,6 @@ def quantizer_of(
     return quantizer, calibration
 
 
-def run(model: onnx.ModelProto, x: torch.Tensor) -> np.ndarray[Any, Any]:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {INPUT: x.numpy()})[0]
-
-
-def fused(model: onnx.ModelProto) -> dict[str, int]:
-    return OnnxRuntime().load(model, threads=1, batch=1).fused()
-
-
 def operators(model: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
@@ -176,7 +163,7 @@ def agree(simulated: nn.Module, exported: QuantizedModel, digits: Digits, share:
     x, y = digits[0], digits[1].numpy()
     with torch.no_grad():
         wanted = simulated.eval()(x).numpy().argmax(1)
-    got = run(exported.model, x).argmax(1)
+    got = run_onnx(exported.model, x).argmax(1)
     assert np.mean(got == wanted) >= share
     assert abs(np.mean(got == y) - np.mean(wanted == y)) <= POINTS
     return float(np.mean(wanted == y))
@@ -241,7 +228,7 @@ def test_exact_but_for_codes_at_the_border(dense: nn.Module, digits: Digits) -> 
     quantizer, calibration = quantizer_of("PtqQuantizer", dense, settings(), digits)
     exported = quantized_onnx(quantizer, digits[0][:1])
     with torch.no_grad():
-        difference = np.abs(run(exported.model, digits[0]) - quantizer.bound_model(digits[0]).numpy())
+        difference = np.abs(run_onnx(exported.model, digits[0]) - quantizer.bound_model(digits[0]).numpy())
     step = calibration["head"]["_output_0"]["scale"].item()
     assert difference.max() < 2.5 * step  # of the last layer's codes
     assert np.mean(difference < 1e-5) > 0.9
@@ -276,7 +263,7 @@ def test_a_normalisation_behind_a_product_goes_into_the_scales(trained: nn.Modul
         assert integers(exported) == ["conv2", "head"]
         with torch.no_grad():
             wanted = quantizer.bound_model(digits[0]).numpy()
-        assert np.mean(np.abs(run(exported.model, digits[0]) - wanted)) < 0.01 * np.abs(wanted).max()
+        assert np.mean(np.abs(run_onnx(exported.model, digits[0]) - wanted)) < 0.01 * np.abs(wanted).max()
 
 
 def test_nnis_own_example_configuration(trained: nn.Module, digits: Digits) -> None:
@@ -302,7 +289,7 @@ def test_weights_alone_are_stored_small_and_run_in_floats(granularity: str, trai
     assert not integers(exported)
     assert all("its input is not quantised" in line for line in exported.report())
     with torch.no_grad():
-        assert np.allclose(run(exported.model, digits[0]), quantizer.bound_model(digits[0]).numpy(), atol=1e-3)
+        assert np.allclose(run_onnx(exported.model, digits[0]), quantizer.bound_model(digits[0]).numpy(), atol=1e-3)
     assert exported.model.ByteSize() < 10_000  # 7,856 weights: 31 KB in floats
     assert fused(exported.model)["Conv"] == 4  # decoded at load
 
@@ -355,7 +342,7 @@ def test_roundings_on_grids_that_differ_are_kept_unless_told(dense: nn.Module, d
     assert operators(fast.model)["QuantizeLinear"] == operators(exact.model)["QuantizeLinear"] - 1
     with torch.no_grad():
         wanted = quantizer.bound_model(digits[0]).numpy()
-    far, near = (np.abs(run(found.model, digits[0]) - wanted).mean() for found in (fast, exact))
+    far, near = (np.abs(run_onnx(found.model, digits[0]) - wanted).mean() for found in (fast, exact))
     assert near < 0.5 * far
 
 
@@ -425,7 +412,7 @@ def test_masks_of_a_pruner_in_the_same_pipeline(trained: nn.Module, digits: Digi
     agree(model, exported, digits)
     with torch.no_grad():
         wanted = model(digits[0]).numpy()
-    assert np.mean(np.abs(run(exported.model, digits[0]) - wanted)) < 0.01 * np.abs(wanted).max()
+    assert np.mean(np.abs(run_onnx(exported.model, digits[0]) - wanted)) < 0.01 * np.abs(wanted).max()
 
 
 # ---- alive and saved -------------------------------------------------------------------------------------
