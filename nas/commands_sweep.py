@@ -11,11 +11,8 @@ from nas.errors import ExperimentError
 if TYPE_CHECKING:
     from nas.sweep.spec import Sweep
 
-# Option → the key of the sweep that it sets.
-_KEYS = {
-    "command": "command", "goal": "direction", "metric": "metric", "trials": "trials", "workers": "workers",
-    "sampler": "sampler", "pruner": "pruner", "seed": "seed",
-}  # fmt: skip
+# Keys of the sweep that have an option of their own.
+_KEYS = ("command", "direction", "metric", "trials", "workers", "sampler", "pruner", "seed")
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -30,7 +27,9 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> argparse.Argum
     parser.add_argument(
         "--command", metavar="TEXT", help="what each trial runs; {params} in it stands for --key value options"
     )
-    parser.add_argument("--goal", choices=["maximize", "minimize"], help="which way the metric is better")
+    parser.add_argument(
+        "--goal", dest="direction", choices=["maximize", "minimize"], help="which way the metric is better"
+    )
     parser.add_argument("--metric", metavar="NAME", help="what is optimised")
     parser.add_argument("--trials", type=int, metavar="N", help="trials in all")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin no further trial after this much time")
@@ -61,7 +60,7 @@ def asked(options: argparse.Namespace) -> tuple[Sweep, Path, list[str]]:
             remedy="nas sweep digits, or nas sweep --nni search_space.json --command 'python train.py'",
         )
     source, notes = (options.sweep, []) if options.nni is None else load_nni(options.nni)
-    given = {key: getattr(options, option) for option, key in _KEYS.items() if getattr(options, option) is not None}
+    given = {key: value for key in _KEYS if (value := getattr(options, key)) is not None}
     if options.minutes is not None:
         given["seconds"] = 60 * options.minutes
         if isinstance(source, dict):

@@ -9,6 +9,7 @@ from typing import Any
 
 from nas.errors import ExperimentError
 from nas.sweep.nni_space import check_space, is_nni, read_file, read_space
+from nas.sweep.parameter import is_number
 
 TUNERS = {"TPE": "TPESampler", "Random": "RandomSampler", "GridSearch": "GridSampler", "GP": "GPSampler"}
 METRIC = "result"
@@ -113,15 +114,18 @@ def _assessor(assessor: tuple[str, Keys], notes: list[str]) -> Keys:
     if name != "Medianstop":
         notes.append(f"assessor {name} has no counterpart here, and no trial is ended early; see --pruner")
         return {}
+    step = arguments.get("start_step", 0)
+    if not isinstance(step, int):
+        raise ExperimentError(f"assessor.classArgs.start_step is {step!r}.", expected="a whole number of reports")
     # Theirs judges as soon as one trial is complete, and from the report of that number on, the first being 1.
-    warmup = max(0, int(arguments.get("start_step", 0)) - 1)
+    warmup = max(0, step - 1)
     return {"pruner": "MedianPruner", "pruner_settings": {"n_startup_trials": 1, "n_warmup_steps": warmup}}
 
 
 def _seconds(duration: Any) -> float:
-    if isinstance(duration, int | float) and not isinstance(duration, bool):
-        return duration
-    if match := re.fullmatch(r"([\d.]+)([smhd])", str(duration).strip().lower()):
+    if is_number(duration):
+        return float(duration)
+    if match := re.fullmatch(r"(\d+(?:\.\d*)?)([smhd])", str(duration).strip().lower()):
         return float(match[1]) * _UNITS[match[2]]
     raise ExperimentError(f"maxExperimentDuration is {duration!r}.", expected="seconds, or a time such as 30m or 2h")
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from nas.errors import ContentError, ExperimentError
-from nas.sweep.parameter import Parameter, Scale, as_number
+from nas.sweep.parameter import Parameter, Scale, as_number, is_number
 
 NAME, TYPE, VALUE = "_name", "_type", "_value"
 # Optuna has no normal distribution, so what is drawn is the quantile: evenly distributed, and through the inverse of
@@ -152,18 +152,16 @@ def _wrong(key: str, shape: Any, expected: str) -> ExperimentError:
 def _number(key: str, kind: str, arguments: list[Any]) -> Parameter:
     wrong = _wrong(key, {TYPE: kind, VALUE: arguments}, _MEANING[kind])
     numbers = [as_number(argument) for argument in arguments]
-    finite = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
-    if not finite or len(numbers) != 2 + kind.startswith("q"):
+    if not all(is_number(n) and math.isfinite(n) for n in numbers) or len(numbers) != 2 + kind.startswith("q"):
         raise wrong
-    first, second = numbers[:2]
+    (first, second), log = numbers[:2], "log" in kind
     quantum = float(numbers[2]) if len(numbers) == 3 else None
     if quantum is not None and quantum <= 0:
         raise wrong
     if kind in _NORMAL:
         if second <= 0:
             raise wrong
-        return _normal(key, Scale((float(first), float(second)), "log" in kind, quantum), wrong)
-    log = "log" in kind
+        return _normal(key, Scale((float(first), float(second)), log, quantum), wrong)
     if first >= second or (log and first <= 0) or (kind == "randint" and not all(isinstance(n, int) for n in numbers)):
         raise wrong
     if kind == "randint":

@@ -178,6 +178,11 @@ def as_number(value: Any) -> Any:
     return value
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is one; what is true or false is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def text(value: Any) -> str:
     """A value as YAML on one line, as ``--set`` reads it."""
     dumped = yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True)

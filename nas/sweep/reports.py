@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.files import write_json
+from nas.sweep.parameter import is_number
 
 METRICS, PARAMETERS = ".nni/metrics", "parameter.cfg"
 _INTERMEDIATE, _FINAL = "PERIODICAL", "FINAL"
@@ -51,16 +52,17 @@ def read_reports(folder: Path) -> Reports:
     """All reports of a trial so far; a record that is being written is left for the next time."""
     found = Reports()
     try:
-        rest = (folder / METRICS).read_bytes()
+        written = (folder / METRICS).read_bytes()
     except FileNotFoundError:
         return found
-    head = len(_MARK) + _LENGTH
-    while rest.startswith(_MARK) and rest[len(_MARK) : head].isdigit():
-        end = head + int(rest[len(_MARK) : head])
-        if len(rest) < end:
+    place = 0
+    while written.startswith(_MARK, place):
+        head = place + len(_MARK) + _LENGTH
+        length = written[place + len(_MARK) : head]
+        if not length.isdigit() or len(written) < (end := head + int(length)):
             break
-        _take(found, json.loads(rest[head:end]))
-        rest = rest[end:]
+        _take(found, json.loads(written[head:end]))
+        place = end
     return found
 
 
@@ -78,14 +80,10 @@ def figures_of(metric: Any, name: str) -> dict[str, float]:
     Empty where there is no such number.
     """
     content = metric if isinstance(metric, dict) else {"default": metric}
-    found = {str(key): float(value) for key, value in content.items() if _is_number(value)}
+    found = {str(key): float(value) for key, value in content.items() if is_number(value)}
     if "default" in found:
         found = {name: found.pop("default"), **found}
     return found if name in found else {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def begin(folder: Path, number: int, parameters: dict[str, Any]) -> None:
