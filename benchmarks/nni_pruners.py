@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from nni.compression import TorchEvaluator, pruning
 from nni.compression.speedup import ModelSpeedup
 from own_model import ResNet, mnist, train_teacher
+from techniques import mean_std
 from torch import fx, nn
 
 from nas.latency import Device
@@ -172,11 +173,6 @@ def run(
     return rows
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    """Mean ± standard deviation."""
-    return f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else f"{values[0]:{form}}"
-
-
 def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Of one way over the seeds: channels left, largest difference, accuracy, bytes, speed."""
     ran = [row for row in rows if "error" not in row]
@@ -188,7 +184,7 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         "changed": f"{100 * np.mean([row['changed'] for row in ran]):.1f}",
         "accuracy": f"{100 * np.mean([row['accuracy'] for row in ran]):.1f}",
         "smaller": f"{np.mean([row['bytes_dense'] / row['bytes'] for row in ran]):.2f}",
-        "faster": spread([row["faster"] for row in ran], ".2f"),
+        "faster": mean_std([row["faster"] for row in ran], "{:.2f}".format),
     }  # fmt: skip
 
 

@@ -171,11 +171,10 @@ def test_outputs_are_those_of_the_masked_model(
         assert layers[layer].asked == int((own["weight"].flatten(1).sum(1) == 0).sum())
         assert layers[layer].left == found.model.get_submodule(layer).weight.shape[0]
     assert found.difference <= 1e-4 * max(1.0, found.largest)
-    if kind in ("Level", "Movement"):
+    if kind == "Level":
         dense = len(export.export_float(found.model, x[:1]).SerializeToString())
-        if kind == "Level":
-            assert len(to_onnx(found.model, x[:8]).SerializeToString()) < dense
-    elif name == "plain":
+        assert len(to_onnx(found.model, x[:8]).SerializeToString()) < dense
+    elif name == "plain" and kind != "Movement":
         for layer in found.layers:
             assert layer.left == layer.channels - layer.asked
             assert not layer.stay
@@ -238,13 +237,11 @@ def test_tied_layers_agree_on_what_was_asked(
 def test_most_votes_decide(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
     torch.manual_seed(0)
     model, x = ResidualNet(8, 3).eval(), digits[0]  # the stem and three blocks share the first stage's channels
-    ask = {"stem": (0, 1), "layers.0.conv2": (1, 2), "layers.1.conv2": (1, 3), "layers.2.conv2": (2, 3)}
+    ask = {"stem": (0, 1), "layers.0.conv2": (1, 2), "layers.1.conv2": (1, 3), "layers.2.conv2": (1, 2)}
     masks = {}
     for name, lost in ask.items():
         masks[name] = {"weight": torch.ones_like(model.get_submodule(name).weight)}
         masks[name]["weight"][list(lost)] = 0
-    masks["layers.2.conv2"]["weight"][[2, 3]] = 1
-    masks["layers.2.conv2"]["weight"][[1, 2]] = 0
     found = shrink(model, x[:4], masks, conflicts="vote")
     for name in ask:
         assert (found.masks[name]["weight"].flatten(1).sum(1) == 0).nonzero().flatten().tolist() == [1, 2]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nas.compression.groups import evaluating
 from nas.errors import CompressionError
 
 Masks = Mapping[str, Mapping[str, "torch.Tensor | None"]]  # layer → parameter → ones and zeros of its shape
@@ -86,17 +87,14 @@ def unwrapped(model: nn.Module, example: torch.Tensor) -> nn.Module:
         for space in getattr(layer, WRAPPER).pruning_target_spaces.values():
             if space.mask is not None:  # the masks that count are those that are given
                 space.mask = torch.ones_like(space.mask)
-    modes = {module: module.training for module in plain.modules()}
     try:
-        with torch.no_grad():
-            plain.eval()(example)
+        with evaluating(plain), torch.no_grad():
+            plain(example)
     except Exception as error:  # the model's own
         raise CompressionError(
             f"The model cannot be run on the example {list(example.shape)}: {type(error).__name__}: {error}",
             expected="raw inputs [n, *input_shape], as the model takes them",
         ) from error
-    for module, mode in modes.items():
-        module.training = mode
     for layer in layers:
         wrapper: Any = getattr(layer, WRAPPER)
         values = {name: getattr(layer, name) for name in wrapper.pruning_target_spaces if name in PARAMETERS}

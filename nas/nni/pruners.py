@@ -11,6 +11,7 @@ behind, such as the offset of the batch normalisation after it, is added where i
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from torch import fx, nn
 
 from nas.compression import Plan
 from nas.errors import CompressionError
-from nas.nni.masks import Checked, Masks, channel_axis, checked, masked, masked_channels, put_on, unwrapped
+from nas.nni.masks import Checked, Masks, channel_axis, checked, masked_channels, put_on, unwrapped
 from nas.tracing import Group, Structure
 from nas.tracing.importance import importance
 from nas.tracing.removable import Removable, is_mixed
@@ -141,12 +142,14 @@ def shrink(
     given = checked(plain, masks)
     agreed = _agreed(Structure(plain, example), given) if conflicts == VOTE else given
     count = _size(plain)
-    asked = masked(plain, given, example)
+    asked = copy.deepcopy(plain)
+    put_on(asked, given)
     put_on(plain, agreed)
     structure = Structure(plain, example)
     found = Removable(structure, example[:1], align)
-    smaller = with_modes(found.without(), plain)
+    smaller = found.without()
     difference, largest = _compared(asked, smaller, example)
+    smaller = with_modes(smaller, plain)
     order = sorted(given, key=[*structure.calls, *given].index)
     layers = tuple(_layer(found, name, plain.get_submodule(name), given[name], agreed[name], smaller) for name in order)
     return Speedup(smaller, layers, agreed, difference, largest, (count, _size(smaller)))
@@ -189,10 +192,7 @@ def _zeros(layer: nn.Module) -> float:
 
 @torch.no_grad()
 def _compared(asked: nn.Module, smaller: nn.Module, example: torch.Tensor) -> tuple[float, float]:
-    modes = {module: module.training for module in smaller.modules()}
     wanted, found = asked.eval()(example), smaller.eval()(example)
-    for module, mode in modes.items():
-        module.training = mode
     return float((wanted - found).abs().max()), float(wanted.abs().max())
 
 

@@ -15,12 +15,13 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from nas.compression.storage import Affine, Signed, store_codes
+from nas.compression.qdq import LINEAR
+from nas.compression.storage import Affine, Signed, decoded, store_codes
 from nas.student.export import compact
 
 Array = npt.NDArray[Any]
 CODES = ".weight_codes"
-PRODUCTS = ("Conv", "Gemm", "MatMul")
+PRODUCTS = ("Conv", *LINEAR)
 KEEP = "keep"  # the name of a Clip whose highest code is reached
 MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity")  # they only pass values on
 
@@ -155,8 +156,7 @@ class Weight:
         """Multiply by a factor for each output channel, in the scales alone."""
         channels = self.codes.shape[self.axis]
         scale, zero = (np.broadcast_to(value, channels).copy() for value in (self.scale, self.zero))
-        shape = [-1 if i == self.axis else 1 for i in range(self.codes.ndim)]
-        whole = np.int16(255 if self.codes.dtype == np.uint8 else 0)
+        shape, whole = self._along, np.int16(255 if self.codes.dtype == np.uint8 else 0)
         flipped = gain < 0  # scales are positive
         self.codes = np.where(flipped.reshape(shape), whole - self.codes, self.codes).astype(self.codes.dtype)
         zero = np.where(flipped, whole - zero, zero).astype(zero.dtype)
@@ -167,7 +167,7 @@ class Weight:
     def write(self, graph: Graph, integers: bool) -> None:
         """Store it where its product reads it, through a DequantizeLinear where that runs in integers."""
         if not integers:
-            self.tensor = self.node.input[1] = graph.store(self._floats(), f"{self.layer}.weight")
+            self.tensor = self.node.input[1] = graph.store(decoded(self.codes, self._affine()), f"{self.layer}.weight")
             return
         self.tensor = graph.store(self.codes, f"{self.layer}.weight_quantized")
         source = graph.maker(self.node.input[0])
@@ -184,23 +184,25 @@ class Weight:
         """A channel of zeros may have any scale: one that leaves room for its bias."""
         if self.scale.ndim:
             others = tuple(i for i in range(self.codes.ndim) if i != self.axis)
-            shape = [-1 if i == self.axis else 1 for i in range(self.codes.ndim)]
-            dead = (self.codes == np.broadcast_to(self.zero, self.scale.shape).reshape(shape)).all(axis=others)
+            dead = (self.codes == np.broadcast_to(self.zero, self.scale.shape).reshape(self._along)).all(axis=others)
             self.scale = np.where(dead, np.maximum(self.scale.max(), np.float32(1e-3) / step), self.scale)
             self.scale = self.scale.astype(np.float32)
 
-    def _floats(self) -> Array:
-        shape = [-1 if i == self.axis else 1 for i in range(self.codes.ndim)] if self.scale.ndim else []
-        whole = self.codes.astype(np.float32) - self.zero.astype(np.float32).reshape(shape)
-        return (whole * self.scale.reshape(shape)).astype(np.float32)
+    def _affine(self, low: int = 0) -> Affine:
+        """How codes become floats, once they are counted from ``low``."""
+        return Affine(self.scale, (self.zero.astype(np.float32) - low).astype(np.float32), self.axis)
+
+    @property
+    def _along(self) -> list[int]:
+        """The shape in which one value a channel spreads over the codes."""
+        return [-1 if i == self.axis else 1 for i in range(self.codes.ndim)]
 
     def pack(self, model: onnx.ModelProto, integers: bool) -> None:
         """Store it in as few bits as it has, where that makes the file smaller."""
         low = int(self.codes.min())
         stored = (self.codes.astype(np.int16) - low).astype(np.uint8)
         if not integers:
-            decode = Affine(self.scale, (self.zero.astype(np.float32) - low).astype(np.float32), self.axis)
-            store_codes(model, self.tensor, stored, self.bits, decode)
+            store_codes(model, self.tensor, stored, self.bits, self._affine(low))
         elif self.bits < 8:
             store_codes(model, self.tensor, stored, self.bits, Signed(np.array(-low, np.float32), self.axis))
 

@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from nas.errors import CompressionError
+from nas.nni.masks import WRAPPER
 from nas.nni.quantized_graph import finish
 from nas.nni.simulated import CODES, Grid, simulate
 from nas.student.export import export_float
 
-WRAPPER = "_nni_wrapper"
 STATES = ("_scale", "_zero_point", "_tracked_max", "_tracked_min", "_mask")  # of a wrapper, not of the layer
 INTEGER = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # layers that ONNX has integer operators for
 METHODS = {None, "bypass", "clamp_round", "qat_clamp_round", "lsq_clamp_round"}

@@ -66,9 +66,7 @@ class Grid:
 
     def along(self, value: torch.Tensor, ndim: int) -> torch.Tensor:
         """``scale`` or ``zero`` in a shape that spreads over a tensor of that rank."""
-        if self.axis is None or self.axis < 0:
-            return value
-        return value.reshape([-1 if i == self.axis else 1 for i in range(ndim)])
+        return _along(value, self.axis or 0, ndim)
 
     def codes(self, value: torch.Tensor) -> torch.Tensor:
         """Codes ``low..high`` as floats, by NNI's arithmetic (``ClampRound``)."""
@@ -90,13 +88,17 @@ class Grid:
         return self.axis != -1
 
 
+def _along(value: torch.Tensor, axis: int, ndim: int) -> torch.Tensor:
+    """One value a channel in a shape that spreads along ``axis``; what is one for all, or of full rank, as it is."""
+    return value.reshape([-1 if i == axis else 1 for i in range(ndim)]) if value.ndim == 1 else value
+
+
 class Dequantize(torch.autograd.Function):
     """Integer codes → floats: DequantizeLinear."""
 
     @staticmethod
     def forward(ctx: Any, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, axis: int) -> torch.Tensor:
-        if scale.ndim:
-            scale, zero = (t.reshape([-1 if i == axis else 1 for i in range(codes.ndim)]) for t in (scale, zero))
+        scale, zero = (_along(t, axis, codes.ndim) for t in (scale, zero))
         return (codes.float() - zero.float()) * scale
 
     @staticmethod
@@ -112,9 +114,7 @@ class Round(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, high: int, axis: int
     ) -> torch.Tensor:
-        whole = zero.float()
-        if scale.ndim:
-            scale, whole = (t.reshape([-1 if i == axis else 1 for i in range(x.ndim)]) for t in (scale, whole))
+        scale, whole = (_along(t, axis, x.ndim) for t in (scale, zero.float()))
         return (torch.round(torch.clamp(whole + x / scale, 0, high)) - whole) * scale
 
     @staticmethod
