@@ -8,22 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from nas.compression.qdq import LINEAR
 from nas.compression.storage import Affine, Signed, decoded, store_codes
+from nas.nni.onnx_graph import Array, Graph
+from nas.nni.roundings import MOVES, bound, join, pairs, scalar
 from nas.student.export import compact
 
-Array = npt.NDArray[Any]
 CODES = ".weight_codes"
 PRODUCTS = ("Conv", *LINEAR)
-KEEP = "keep"  # the name of a Clip whose highest code is reached
-MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity")  # they only pass values on
 
 
 def finish(
@@ -42,19 +39,10 @@ def finish(
     weights = _weights(graph, layers)
     for weight in weights:
         _take_norm(graph, weight)
-    for pair in _pairs(graph):
-        _pull(graph, pair)
-    for pair in _pairs(graph):
-        _absorb(graph, pair)
-    while any(_merge(graph, pair, exact) for pair in _pairs(graph)):
-        pass
+    join(graph, exact)
     for weight in weights:
         _feed(graph, weight)
-    for pair in _pairs(graph):
-        _bound(graph, pair)
-    for node in graph.nodes:
-        if node.name == KEEP:
-            node.name = ""
+    bound(graph)
     why = [_why_floats(graph, weight.node) for weight in weights]
     for weight, reason in zip(weights, why, strict=True):
         weight.write(graph, integers=not reason)
@@ -65,65 +53,6 @@ def finish(
     reasons |= {weight.layer: "" for weight in weights}
     reasons |= {weight.layer: reason for weight, reason in zip(weights, why, strict=True) if reason}
     return compact(model), reasons
-
-
-class Graph:
-    """A graph's nodes and tensors while they are changed; `write` brings them back into the model."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
-        self.nodes: list[onnx.NodeProto] = list(model.graph.node)
-        self.tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-        for node in self.nodes:
-            if node.op_type == "Constant":
-                self.tensors[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-        self.nodes = [node for node in self.nodes if node.op_type != "Constant"]
-        self.ends = {value.name for value in model.graph.output}
-
-    def maker(self, name: str) -> onnx.NodeProto | None:
-        """The node that makes a value."""
-        return next((node for node in self.nodes if name in node.output), None)
-
-    def readers(self, name: str) -> list[onnx.NodeProto]:
-        """The nodes that read a value."""
-        return [node for node in self.nodes if name in node.input]
-
-    def sole(self, name: str) -> onnx.NodeProto | None:
-        """The only reader of a value that is no output of the model."""
-        found = self.readers(name)
-        return found[0] if len(found) == 1 and name not in self.ends else None
-
-    def store(self, value: Array, name: str) -> str:
-        """A tensor of that name, or of one like it that is free."""
-        free = name
-        while free in self.tensors:
-            free = f"{free}_"
-        self.tensors[free] = np.array(value, order="C")
-        return free
-
-    def insert(self, nodes: list[onnx.NodeProto], before: onnx.NodeProto) -> None:
-        """Put nodes before another."""
-        place = next(i for i, node in enumerate(self.nodes) if node is before)
-        self.nodes[place:place] = nodes
-
-    def drop(self, node: onnx.NodeProto) -> None:
-        """Take a node out; what read its result reads its first input."""
-        self.nodes = [other for other in self.nodes if other is not node]
-        for reader in self.readers(node.output[0]):
-            reader.input[:] = [node.input[0] if name == node.output[0] else name for name in reader.input]
-
-    def write(self) -> None:
-        """Bring nodes and tensors back, but what nothing reads."""
-        alive, kept = set(self.ends), []
-        for node in reversed(self.nodes):
-            if alive.intersection(node.output):
-                alive.update(node.input)
-                kept.append(node)
-        tensors = [numpy_helper.from_array(value, name) for name, value in self.tensors.items() if name in alive]
-        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
-        del self.model.graph.node[:], self.model.graph.initializer[:], self.model.graph.value_info[:]
-        self.model.graph.node.extend(nodes)
-        self.model.graph.initializer.extend(tensors)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------
@@ -259,168 +188,7 @@ def _whole_bias(graph: Graph, weight: Weight, step: Array) -> None:
     graph.insert([helper.make_node("DequantizeLinear", names, [weight.node.input[2]], axis=0)], before=weight.node)
 
 
-# ---- activations -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Pair:
-    """A QuantizeLinear to uint8, perhaps a Clip of its codes, and the DequantizeLinear."""
-
-    quantize: onnx.NodeProto
-    clip: onnx.NodeProto | None
-    dequantize: onnx.NodeProto
-
-    def top(self, graph: Graph) -> int:
-        """The highest code."""
-        return 255 if self.clip is None else int(graph.tensors[self.clip.input[2]])
-
-    def low(self, graph: Graph) -> int:
-        """The lowest code."""
-        return 0 if self.clip is None or not self.clip.input[1] else int(graph.tensors[self.clip.input[1]])
-
-    def chain(self) -> list[onnx.NodeProto]:
-        """Its nodes in order."""
-        return [node for node in (self.quantize, self.clip, self.dequantize) if node is not None]
-
-    def again(self, source: str, prefix: str) -> list[onnx.NodeProto]:
-        """The same rounding of another value; its result is ``{prefix}.d``."""
-        copies = []
-        for node in self.chain():
-            twin = onnx.NodeProto.FromString(node.SerializeToString())
-            twin.input[0], twin.output[0], twin.name = source, f"{prefix}.{node.op_type[0].lower()}", ""
-            source = twin.output[0]
-            copies.append(twin)
-        return copies
-
-
-def _pairs(graph: Graph) -> list[Pair]:
-    """Every DequantizeLinear with what it takes its codes from."""
-    found = []
-    for quantize in graph.nodes:
-        if quantize.op_type == "QuantizeLinear":
-            clip = graph.sole(quantize.output[0])
-            if clip is not None and clip.op_type != "Clip":
-                clip = None
-            for node in graph.readers((clip or quantize).output[0]):
-                if node.op_type == "DequantizeLinear":
-                    found.append(Pair(quantize, clip, node))
-    return found
-
-
-def _scalar(graph: Graph, node: onnx.NodeProto) -> bool:
-    return graph.tensors[node.input[1]].size == 1
-
-
-def _pull(graph: Graph, pair: Pair) -> None:
-    """What is rounded behind a move of values may be rounded before it, too: there a product or an activation is."""
-    first = pair.quantize
-    while _scalar(graph, pair.quantize):
-        move = graph.maker(first.input[0])
-        if move is None or move.op_type not in MOVES or graph.sole(move.output[0]) is not first:
-            break
-        first = move
-    source = graph.maker(first.input[0])
-    moved = first is not pair.quantize and graph.sole(first.input[0]) is first
-    if moved and source is not None and source.op_type != "DequantizeLinear":
-        prefix = f"{first.output[0]}.before"
-        graph.insert(pair.again(first.input[0], prefix), before=first)
-        first.input[0] = f"{prefix}.d"
-
-
-def _absorb(graph: Graph, pair: Pair) -> None:
-    """An activation that cuts a range becomes the range of the codes: rounding keeps the order of values."""
-    node = graph.maker(pair.quantize.input[0])
-    if node is None or node.op_type not in ("Relu", "Clip") or graph.sole(node.output[0]) is not pair.quantize:
-        return
-    if not _scalar(graph, pair.quantize):
-        return
-    limits = [*node.input[1:], "", ""][:2] if node.op_type == "Clip" else ["", ""]
-    low, high = (float(graph.tensors[name]) if name else None for name in limits)
-    if node.op_type == "Relu":
-        low = 0.0
-    if low != 0.0:
-        return
-    scale, zero = (graph.tensors[name] for name in pair.quantize.input[1:3])
-    top = pair.top(graph)
-    if high is not None:
-        top = min(top, int(np.round(np.float32(high) / scale)) + int(zero))
-    graph.drop(node)
-    _set_range(graph, pair, top - int(zero), keep=high is not None)
-
-
-def _set_range(graph: Graph, pair: Pair, top: int, keep: bool) -> None:
-    """Codes 0..``top`` with zero at 0."""
-    zero = graph.store(np.array(0, np.uint8), f"{pair.quantize.output[0]}.z")
-    pair.quantize.input[2] = pair.dequantize.input[2] = zero
-    _clip(graph, pair, 0, top)
-    if pair.clip is not None:
-        pair.clip.name = KEEP * keep
-
-
-def _clip(graph: Graph, pair: Pair, low: int, high: int) -> None:
-    """Codes ``low``..``high``."""
-    if pair.clip is None:
-        pair.clip = helper.make_node("Clip", [pair.quantize.output[0], "", ""], [f"{pair.dequantize.output[0]}.c"])
-        graph.insert([pair.clip], before=pair.dequantize)
-        pair.dequantize.input[0] = pair.clip.output[0]
-    for i, end in enumerate((low, high), 1):
-        pair.clip.input[i] = graph.store(np.array(end, np.uint8), f"{pair.clip.output[0]}.{i}")
-
-
-def _merge(graph: Graph, second: Pair, exact: bool) -> bool:
-    """Two roundings one after the other where the second only renames codes, or cuts some off: the first's codes,
-    the second's scale. What NNI rounds as a result and again as the next layer's input mostly is that."""
-    first = next((pair for pair in _pairs(graph) if pair.dequantize.output[0] == second.quantize.input[0]), None)
-    if first is None:
-        return False
-    alone = graph.sole(second.quantize.input[0]) is second.quantize
-    if not (_scalar(graph, first.dequantize) and _scalar(graph, second.quantize)):
-        return False
-    (fine, origin), (scale, zero) = (
-        (graph.tensors[node.input[1]], int(graph.tensors[node.input[2]]))
-        for node in (first.dequantize, second.quantize)
-    )
-    bottom, top = first.low(graph), first.top(graph)
-    values = (np.arange(bottom, top + 1) - origin).astype(np.float32) * fine
-    codes = np.clip(np.round(values / scale).astype(int) + zero, second.low(graph), second.top(graph))
-    low = bottom + int(np.flatnonzero(codes == codes[0])[-1])
-    high = bottom + int(np.flatnonzero(codes == codes[-1])[0])
-    renames = low <= origin <= high and (np.diff(codes[low - bottom : high - bottom + 1]) == 1).all()
-    if not renames and (exact or second.top(graph) < 127):
-        return False
-    if not renames:  # the first's values go on, but those that an activation cuts off
-        low, high = origin if second.low(graph) == zero else bottom, top
-    cuts, shared = (low, high) != (bottom, top), graph.readers(second.dequantize.input[0]) != [second.dequantize]
-    if shared or (cuts and not alone):  # others read the codes
-        return False
-    if not renames:
-        second.dequantize.input[1] = first.dequantize.input[1]
-    if cuts:
-        _clip(graph, first, low, high)
-    if first.clip is not None and high < top:
-        first.clip.name = KEEP
-    second.dequantize.input[0], second.dequantize.input[2] = first.dequantize.input[0], first.dequantize.input[2]
-    gone = (first.dequantize if alone else None, second.quantize, second.clip)
-    graph.nodes = [node for node in graph.nodes if all(node is not other for other in gone)]
-    return True
-
-
-def _bound(graph: Graph, pair: Pair) -> None:
-    """No Clip where the type ends at the highest code, or one later where nothing is known to go that far.
-
-    Behind another rounding it stays: onnxruntime would make one approximate rounding of two.
-    """
-    source = graph.maker(pair.quantize.input[0])
-    if source is not None and source.op_type == "DequantizeLinear":
-        if pair.clip is None:
-            _clip(graph, pair, 0, 255)
-    elif pair.clip is not None and not pair.low(graph):
-        top = pair.top(graph)
-        if top == 255 or (top == 254 and pair.clip.name != KEEP):
-            graph.drop(pair.clip)
-            pair.clip = None
-    if pair.clip is not None and not pair.low(graph):
-        pair.clip.input[1] = ""  # an unsigned code has no lower end to check
+# ---- products --------------------------------------------------------------------------------------------
 
 
 def _feed(graph: Graph, weight: Weight) -> None:
@@ -431,8 +199,8 @@ def _feed(graph: Graph, weight: Weight) -> None:
     while source is not None and source.op_type in (*MOVES, "Relu"):
         name, passed = source.input[0], True
         source = graph.maker(name)
-    pair = next((pair for pair in _pairs(graph) if pair.dequantize is source), None) if passed else None
-    if pair is not None and _scalar(graph, pair.quantize):
+    pair = next((pair for pair in pairs(graph) if pair.dequantize is source), None) if passed else None
+    if pair is not None and scalar(graph, pair.quantize):
         prefix = f"{node.output[0]}.input"
         graph.insert(pair.again(node.input[0], prefix), before=node)
         node.input[0] = f"{prefix}.d"
@@ -443,13 +211,13 @@ def _why_floats(graph: Graph, node: onnx.NodeProto) -> str:
     source = graph.maker(node.input[0])
     if source is None or source.op_type != "DequantizeLinear":
         return "its input is not quantised"
-    if not _scalar(graph, source):
+    if not scalar(graph, source):
         return "its input has a scale for each channel"
     if node.op_type != "Conv":
         return ""  # products of matrices may give floats
     reader = graph.sole(node.output[0])
     if reader is None:
         return "its result goes to several readers as it is"
-    if reader.op_type != "QuantizeLinear" or not _scalar(graph, reader):
+    if reader.op_type != "QuantizeLinear" or not scalar(graph, reader):
         return f"its result goes to {reader.op_type} as it is"
     return ""
