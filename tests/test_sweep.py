@@ -8,14 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from helpers import SMALL
+from helpers import SMALL, alive, start_sweep, until
 
 from nas import content
 from nas.errors import ExperimentError, NasError, StudyError
@@ -87,21 +86,8 @@ def attempts(folder: Path) -> dict[int, list[int]]:
     return found
 
 
-def until(true: Callable[[], Any], seconds: float = 60.0) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.02)
-    return found
-
-
 def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
-    """``nas sweep`` in a process group of its own."""
-    environment = {**os.environ, "COLUMNS": "200"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "nas", "sweep", "toy.yaml", *arguments],
-        cwd=place, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    return start_sweep(place, "toy.yaml", *arguments)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -508,13 +494,6 @@ def begun(folder: Path, trials: int) -> Callable[[], dict[int, list[int]] | None
         return found if len(found) >= trials and all(found.values()) else None
 
     return look
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_killed_workers_trial_is_tried_once_more(place: Path) -> None:

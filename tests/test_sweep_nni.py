@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from helpers import alive, start_sweep, until
 
 from nas.cli import main
 from nas.errors import ContentError, ExperimentError, StudyError
@@ -108,30 +108,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def until(true: Callable[[], Any], seconds: float = 60.0) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.02)
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "nas", "sweep", *arguments], cwd=place, env={**os.environ, "COLUMNS": "200"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-
-
 def swept(place: Path, *arguments: str, code: int = 0) -> str:
-    process = start(place, *arguments)
+    process = start_sweep(place, *arguments)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == code, said
     return said
@@ -377,6 +355,8 @@ UNLIKE: list[tuple[dict[str, Any], str]] = [
     ({"searchSpaceFile": None}, "no search space, or two"),
     ({"searchSpaceFile": None, "searchSpace": {"x": {"_type": "gauss", "_value": [1]}}}, "unknown _type 'gauss'"),
     ({"maxExperimentDuration": "1 week"}, "maxExperimentDuration is '1 week'"),
+    ({"maxExperimentDuration": "1.2.3h"}, "maxExperimentDuration is '1.2.3h'"),
+    ({"assessor": {"name": "Medianstop", "classArgs": {"start_step": "third"}}}, "start_step is 'third'"),
     ({"maxTrialNumbr": 3}, "Unknown key 'maxTrialNumbr'"),
     ({"trial": {"command": "python trial.py"}}, "first version"),
 ]
@@ -713,8 +693,8 @@ def held(place: Path, trials: int) -> tuple[subprocess.Popen[str], dict[int, lis
     (place / "trial.py").write_text(PROBE)
     (place / "mode").write_text("hold")
     write_space(place, {"x": {"_type": "uniform", "_value": [0, 1]}})
-    process = start(place, "--nni", "search_space.json", "--command", "python trial.py", "--trials", str(trials),
-                    "--workers", "2", "--out", "out")  # fmt: skip
+    process = start_sweep(place, "--nni", "search_space.json", "--command", "python trial.py", "--trials", str(trials),
+                          "--workers", "2", "--out", "out")  # fmt: skip
 
     def begun() -> dict[int, list[int]] | None:
         found = {int(child.parent.name): child for child in place.glob("out/trials/*/child") if child.read_text()}
@@ -780,8 +760,8 @@ def test_nobody_begins_a_trial_that_an_orphan_still_works_on(place: Path) -> Non
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert all(alive(found[0]) for found in pids.values())
-    second = start(place, "--nni", "search_space.json", "--command", "python trial.py", "--trials", "2", "--workers",
-                   "2", "--out", "out", "--resume")  # fmt: skip
+    second = start_sweep(place, "--nni", "search_space.json", "--command", "python trial.py", "--trials", "2",
+                         "--workers", "2", "--out", "out", "--resume")  # fmt: skip
     time.sleep(4)
     assert all(len((place / f"out/trials/{i:04d}/attempts").read_text().split()) == 1 for i in pids)
     (place / "mode").unlink()
